@@ -1,0 +1,61 @@
+"""The adapter engine: deltas of weights, in plain PyTorch.
+
+from litflora.adapters import FLoRA, inject, merge, save
+
+report = inject(model, FLoRA(rank=8), train=["head"])
+print(report)
+"""
+
+from .delta import Delta, WeightInfo
+from .errors import AdapterError
+from .files import load, read_config, save
+from .flora import FLoRA, FLoRADelta
+from .inject import (
+    activate,
+    adapter_names,
+    delete,
+    disabled,
+    inject,
+    route,
+    trainable_parameters,
+    unload,
+)
+from .lora import LoRA, LoRADelta
+from .merging import MergeReport, merge, unmerge
+from .selective import BitFit, Full, NormTuning, Probe, Selective
+from .summary import Summary, summary
+from .tuning import DeltaTuning, Parts, Tuning
+
+__all__ = [
+    "AdapterError",
+    "BitFit",
+    "Delta",
+    "DeltaTuning",
+    "FLoRA",
+    "FLoRADelta",
+    "Full",
+    "LoRA",
+    "LoRADelta",
+    "MergeReport",
+    "NormTuning",
+    "Parts",
+    "Probe",
+    "Selective",
+    "Summary",
+    "Tuning",
+    "WeightInfo",
+    "activate",
+    "adapter_names",
+    "delete",
+    "disabled",
+    "inject",
+    "load",
+    "merge",
+    "read_config",
+    "route",
+    "save",
+    "summary",
+    "trainable_parameters",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,133 @@
+"""A delta: a trainable change dW of one weight tensor, in that tensor's stored shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .tucker import Factors
+
+Kind = Literal["linear", "conv", "depthwise", "embedding", "attention", "parameter"]
+Path = Literal["auto", "side", "merged"]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """What a delta must know of the weight it changes.
+
+    Attributes:
+        name: Dotted name of the weight in its model, for messages.
+        shape: The stored shape.
+        kind: What the weight is used for.
+        out_dim: The mode that indexes outputs.
+        in_dim: The mode that indexes inputs.
+        groups: Groups of a convolution.
+        padding_idx: The row of an embedding that must stay untouched.
+        has_side: Whether the layer can run a low-rank chain beside its own operation.
+        dtype: Type of the delta's parameters: the base's, but at least float32.
+        device: Where the delta's parameters live.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    out_dim: int = 0
+    in_dim: int = 1
+    groups: int = 1
+    padding_idx: int | None = None
+    has_side: bool = True
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """The kernel modes of a convolution."""
+        return tuple(range(2, len(self.shape))) if self.kind in ("conv", "depthwise") else ()
+
+
+class Delta(nn.Module):
+    """Base class of every delta.
+
+    A method derives from it, holds its factors as parameters, and says in ``compose`` how they
+    make dW. If dW has a Tucker form, ``tucker`` returns it and the layer can run the cheap chain
+    beside its own operation; otherwise the layer runs once with ``W + dW``.
+
+    Attributes:
+        info: The weight that is changed.
+        scale: The factor in front of dW.
+        path: The computing path asked for.
+        dropout: Probability of zeroing an input of the side path in training.
+        clamped: Whether a larger rank was asked for than the weight has.
+    """
+
+    registry: ClassVar[dict[str, type[Delta]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Delta.registry[cls.__name__] = cls
+
+    def __init__(
+        self, info: WeightInfo, scale: float = 1.0, path: Path = "auto", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.info = info
+        self.scale = scale
+        self.path: Path = path
+        self.dropout = dropout
+        self.clamped = False
+
+    def factory(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter of this delta's dtype and device."""
+        return nn.Parameter(torch.empty(shape, dtype=self.info.dtype, device=self.info.device))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that ``compose`` takes, in its order."""
+        return tuple(self.parameters())
+
+    def compose(self, *factors: Tensor) -> Tensor:
+        """Makes dW, in the stored shape and with the scale, from ``factors``."""
+        raise NotImplementedError
+
+    def tucker(self) -> tuple[Tensor, Factors] | None:
+        """The core and factors of dW without the scale, or None if dW has no such form."""
+        return None
+
+    def leaves(self) -> list[tuple[int, Delta | None]]:
+        """Rows and delta of each slice of the output mode: one slice, but for a split delta."""
+        return [(self.info.shape[self.info.out_dim], self)]
+
+    def dense(self) -> Tensor:
+        """Returns dW in the stored shape of the weight; differentiable."""
+        return self.compose(*self.tensors())
+
+    def reset_parameters(self) -> None:
+        """Draws the factors afresh, such that dW is exactly zero."""
+        raise NotImplementedError
+
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of each mode; the mode's own size where it carries no factor."""
+        raise NotImplementedError
+
+    def frozen(self) -> set[str]:
+        """Names of the delta's parameters that never train."""
+        return set()
+
+    def settings(self) -> dict[str, Any]:
+        """Plain keyword arguments which, after ``info``, build this delta again."""
+        return {"scale": self.scale, "path": self.path, "dropout": self.dropout}
+
+    def extra_repr(self) -> str:
+        """The shape, ranks and scale, as shown by ``print(model)``."""
+        shape = "x".join(map(str, self.info.shape))
+        ranks = "x".join(map(str, self.ranks()))
+        return f"{shape}, rank={ranks}, scale={self.scale:g}"
+
+    def _masked(self, dense: Tensor) -> Tensor:
+        """Keeps the padding row of an embedding at zero."""
+        if self.info.padding_idx is None:
+            return dense
+        keep = torch.arange(dense.shape[0], device=dense.device) != self.info.padding_idx
+        return dense * keep.unsqueeze(1)

@@ -1,0 +1,351 @@
+"""Adapters on disk: a folder of two files, without pickle and without anything of the base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .delta import Delta, WeightInfo
+from .errors import AdapterError
+from .fingerprint import base_tensors, check, fingerprint, first_difference, running_buffers
+from .inject import Planned, adapter_names, attach, check_name, resolve_modules
+from .layers import adapted_layers
+from .split import SplitDelta, part_info
+from .targets import candidates, refuse_unusable
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+FORMAT = 1
+
+
+@dataclass
+class Stored:
+    """An adapter as read from disk, whatever its format.
+
+    Attributes:
+        deltas: For each weight, how to build its delta and the delta's tensors.
+        trained: Parameters and buffers of the base that were trained, by name.
+        config: The configuration as it stands in the file.
+    """
+
+    deltas: dict[str, tuple[Callable[[WeightInfo], Delta], dict[str, Tensor]]]
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    metadata: dict[str, Any] | None = None,
+    format: Literal["litflora", "peft"] = "litflora",
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter, with every other parameter that trains and batch-norm statistics.
+
+    Args:
+        model: The model.
+        folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` go.
+        name: The adapter.
+        metadata: Plain values to be kept in the configuration, such as class names.
+        format: "litflora", or "peft" for LoRA that PEFT can load.
+        overwrite: Replace an adapter that is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: There is nothing to save, or an adapter is there already.
+    """
+    folder = Path(folder)
+    if not overwrite and any((folder / file).exists() for file in (WEIGHTS, CONFIG)):
+        raise AdapterError(
+            f"{folder} holds an adapter already: choose another folder, or overwrite=True"
+        )
+    deltas = _deltas(model, name)
+    trained = _trained(model)
+    if not deltas and not trained:
+        raise AdapterError(f"nothing to save: no adapter {name!r} and no parameter that trains")
+    if format == "peft":
+        from .peft_format import to_peft
+
+        tensors, config = to_peft(deltas, trained)
+        _write(folder, tensors, config)
+        return folder
+    tensors = {f"{_key(w)}.{p}": t for w, d in deltas.items() for p, t in d.state_dict().items()}
+    base = {k: t for k, t in base_tensors(model).items() if k not in trained}
+    config = {
+        "format": FORMAT,
+        "litflora": _version(),
+        "method": sorted({type(leaf).__name__.removesuffix("Delta") for leaf in _leaves(deltas)}),
+        "deltas": {weight: _record(delta) for weight, delta in deltas.items()},
+        "trained": sorted(trained),
+        "base": fingerprint(base),
+        "metadata": metadata or {},
+    }
+    _write(folder, {**tensors, **trained}, config)
+    return folder
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    train: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Reads an adapter into a model: injects its deltas and puts trained parameters in place.
+
+    Reads folders written by `save`, PEFT's LoRA folders, and LyCORIS LoCon ``.safetensors``.
+
+    Args:
+        model: The base that the adapter was trained on.
+        folder: The adapter.
+        name: The name it gets in this model.
+        train: Names of modules that stay trainable, besides the deltas and whatever else the
+            adapter holds trained.
+
+    Returns:
+        The configuration that stands in the folder.
+
+    Raises:
+        AdapterError: Something is missing, unexpected, of another shape or rank, damaged, or made
+            for another base. The model is then as it was.
+    """
+    check_name(model, name)
+    stored = _read(Path(folder), model)
+    modules = resolve_modules(model, train)
+    planned = _plan(model, stored)
+    _check_trained(model, stored.trained)
+    if "base" in stored.config:
+        present = base_tensors(model)
+        check(stored.config["base"], present)
+    model.requires_grad_(False)
+    attach(model, name, planned)
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for key, tensor in stored.trained.items():
+            parameters[key].copy_(tensor)
+            if isinstance(parameters[key], nn.Parameter):
+                parameters[key].requires_grad_(True)
+    for module in modules:
+        model.get_submodule(module).requires_grad_(True)
+    return stored.config
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the configuration of an adapter folder.
+
+    Raises:
+        AdapterError: The folder or the file is missing or not what litflora or PEFT write.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict) or ("format" not in config and "peft_type" not in config):
+        raise AdapterError(f"{path} is no adapter configuration of litflora or PEFT")
+    if "format" in config and config["format"] != FORMAT:
+        raise AdapterError(
+            f"{path} has format {config['format']!r}, this litflora reads {FORMAT}: update litflora"
+        )
+    return config
+
+
+def _read(path: Path, model: nn.Module) -> Stored:
+    if path.suffix == ".safetensors":
+        from .lycoris_format import from_lycoris
+
+        return from_lycoris(read_tensors(path), model)
+    config = read_config(path)
+    tensors = read_tensors(path / WEIGHTS)
+    if "peft_type" in config:
+        from .peft_format import from_peft
+
+        return from_peft(tensors, config, model)
+    if config.get("checksum") != _checksum(path / WEIGHTS, config):
+        raise AdapterError(
+            f"{path} is damaged: its files are not those that were saved together (checksums "
+            "differ). Copy the folder again, or use an earlier one"
+        )
+    return _from_litflora(tensors, config)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        AdapterError: It is missing or damaged.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing: an adapter folder has {WEIGHTS} and {CONFIG}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged or cut short: {error}") from None
+
+
+def _from_litflora(tensors: dict[str, Tensor], config: dict[str, Any]) -> Stored:
+    trained = {key: tensors.pop(key) for key in config["trained"] if key in tensors}
+    stored = Stored({}, trained, config)
+    lost = sorted(set(config["trained"]) - set(trained))
+    if lost:
+        raise AdapterError(f"{WEIGHTS} lacks {lost[0]}, which {CONFIG} lists")
+    for weight, record in config["deltas"].items():
+        prefix = f"{_key(weight)}."
+        own = {
+            key.removeprefix(prefix): tensors.pop(key)
+            for key in list(tensors)
+            if key.startswith(prefix)
+        }
+        stored.deltas[weight] = (_builder(record), own)
+    if tensors:
+        raise AdapterError(f"{WEIGHTS} has {sorted(tensors)[0]}, which {CONFIG} does not list")
+    return stored
+
+
+def _builder(record: dict[str, Any]) -> Callable[[WeightInfo], Delta]:
+    def build(info: WeightInfo) -> Delta:
+        settings = dict(record)
+        kind = settings.pop("type")
+        settings.pop("shape", None)
+        if kind == SplitDelta.__name__:
+            sizes = settings["sizes"]
+            parts = {
+                index: _builder(part)(part_info(info, sizes, int(index)))
+                for index, part in settings["parts"].items()
+            }
+            return SplitDelta(info, sizes, parts)
+        if kind not in Delta.registry:
+            raise AdapterError(
+                f"{info.name} has a delta of type {kind!r}, unknown to this litflora"
+            )
+        return Delta.registry[kind](info, **settings)
+
+    return build
+
+
+def _plan(model: nn.Module, stored: Stored) -> list[Planned]:
+    """Builds the deltas that were stored, and fills them, without touching the model."""
+    by_name = {candidate.info.name: candidate for candidate in candidates(model)}
+    planned = []
+    for weight, (build, tensors) in stored.deltas.items():
+        if weight not in by_name:
+            raise AdapterError(f"the adapter changes {weight}, which this model does not have")
+        candidate = by_name[weight]
+        refuse_unusable(candidate, model)
+        shape = stored.config.get("deltas", {}).get(weight, {}).get("shape")
+        if shape is not None and list(shape) != list(candidate.info.shape):
+            raise AdapterError(
+                f"{weight}: the adapter was made for shape {list(shape)}, "
+                f"the model has {list(candidate.info.shape)}"
+            )
+        delta = build(candidate.info)
+        _fill(weight, delta, tensors)
+        planned.append(Planned(candidate, delta))
+    return planned
+
+
+def _fill(weight: str, delta: Delta, tensors: dict[str, Tensor]) -> None:
+    own = delta.state_dict()
+    missing, unexpected = first_difference(own, tensors)
+    if missing or unexpected:
+        problem = f"lacks {missing[0]}" if missing else f"has an unexpected {unexpected[0]}"
+        raise AdapterError(f"{weight}: the adapter file {problem} (expected {', '.join(own)})")
+    for key, tensor in tensors.items():
+        if own[key].shape != tensor.shape:
+            raise AdapterError(
+                f"{weight}: {key} has shape {list(tensor.shape)} in the file, "
+                f"but {list(own[key].shape)} by its rank and layer"
+            )
+    delta.load_state_dict(tensors)
+
+
+def _check_trained(model: nn.Module, trained: dict[str, Tensor]) -> None:
+    present = base_tensors(model)
+    for key, tensor in trained.items():
+        if key not in present:
+            raise AdapterError(f"the adapter holds a trained {key}, which this model does not have")
+        if present[key].shape != tensor.shape:
+            raise AdapterError(
+                f"{key}: the adapter has shape {list(tensor.shape)}, the model "
+                f"{list(present[key].shape)}. Build the model with as many classes as the adapter"
+            )
+
+
+def _deltas(model: nn.Module, name: str) -> dict[str, Delta]:
+    found = {
+        f"{layer}.{param}".lstrip("."): delta
+        for layer, _, adapters in adapted_layers(model)
+        if name in adapters
+        for param, delta in adapters[name].items()
+    }
+    if not found and adapter_names(model):
+        raise AdapterError(f"no adapter {name!r}: the model has {', '.join(adapter_names(model))}")
+    return found
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters of the base that train, and statistics that training moves."""
+    parameters = {key for key, p in model.named_parameters() if p.requires_grad}
+    keys = parameters | running_buffers(model)
+    return {key: tensor for key, tensor in base_tensors(model).items() if key in keys}
+
+
+def _leaves(deltas: dict[str, Delta]) -> list[Delta]:
+    return [leaf for delta in deltas.values() for _, leaf in delta.leaves() if leaf is not None]
+
+
+def _record(delta: Delta) -> dict[str, Any]:
+    return {"type": type(delta).__name__, "shape": list(delta.info.shape), **delta.settings()}
+
+
+def _key(weight: str) -> str:
+    """The prefix of a delta's tensors: the adapter's name stays out of the file."""
+    layer, _, param = weight.rpartition(".")
+    return f"{layer}.adapters.{param}".lstrip(".")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("litflora")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _checksum(weights: Path, config: dict[str, Any]) -> str:
+    """Binds the two files together; metadata may be edited by hand."""
+    plain = {key: value for key, value in config.items() if key not in ("checksum", "metadata")}
+    content = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        content.update(hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Writes both files under temporary names, then renames them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
+        weights, text = Path(scratch) / WEIGHTS, Path(scratch) / CONFIG
+        plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+        save_file(plain, weights, metadata={"format": "pt"})
+        if "peft_type" not in config:
+            config = {**config, "checksum": _checksum(weights, config)}
+        text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(text, folder / CONFIG)

@@ -1,0 +1,93 @@
+"""A fingerprint of the base: which weights an adapter was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .layers import adapted_layers
+from .merging import base_weight
+
+# How far two root mean squares may differ where one base is a rounded copy of the other.
+ROUNDING = 1e-2
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the base by name, as they are with nothing merged."""
+    inside: set[str] = set()
+    originals: dict[str, Tensor] = {}
+    for name, layer, adapters in adapted_layers(model):
+        prefix = f"{name}." if name else ""
+        inside |= {f"{prefix}adapters.{key}" for key in adapters.state_dict()}
+        originals |= {f"{prefix}{p}": base_weight(layer, p) for p in adapters.originals}
+    state = model.state_dict()
+    return {
+        key: originals.get(key, tensor).detach()
+        for key, tensor in state.items()
+        if key not in inside and isinstance(tensor, Tensor)
+    }
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """A short digest of each tensor: type, root mean square, and a hash of shape and values."""
+    return {name: _digest(tensor) for name, tensor in tensors.items()}
+
+
+def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """Raises unless ``tensors`` are those that were recorded, or a copy of them in another type.
+
+    Raises:
+        AdapterError: A tensor is missing or has other values.
+    """
+    missing = [name for name in recorded if name not in tensors]
+    if missing:
+        raise AdapterError(
+            f"the adapter was made for another base: it had {missing[0]}, this model has not. "
+            "Load the model that the adapter was trained on"
+        )
+    for name, digest in recorded.items():
+        here = _digest(tensors[name])
+        if not _same(digest, here):
+            raise AdapterError(
+                f"the adapter was made for another base: the values of {name} differ "
+                f"(adapter {digest}, model {here}). Load the weights it was trained on"
+            )
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous()
+    content = hashlib.sha256(repr(tuple(values.shape)).encode())
+    content.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    rms = float(values.double().square().mean().sqrt()) if values.numel() else 0.0
+    return f"{str(values.dtype).removeprefix('torch.')} {rms:.4g} {content.hexdigest()[:8]}"
+
+
+def _same(recorded: str, here: str) -> bool:
+    if recorded == here:
+        return True
+    dtype, rms, _ = recorded.split(" ")
+    other_dtype, other_rms, _ = here.split(" ")
+    # A base cast to another type has other bytes, so there only the size of its values can tell.
+    close = abs(float(rms) - float(other_rms)) <= ROUNDING * max(float(rms), 1e-30)
+    return dtype != other_dtype and close
+
+
+def running_buffers(model: nn.Module) -> set[str]:
+    """Names of the statistics that batch norms gather in training, trained or not."""
+    return {
+        f"{name}.{buffer}".lstrip(".")
+        for name, module in model.named_modules()
+        if getattr(module, "track_running_stats", False)
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+        if getattr(module, buffer, None) is not None
+    }
+
+
+def first_difference(expected: Iterable[str], found: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names missing from ``found``, and names in it that were not expected."""
+    want, have = set(expected), set(found)
+    return sorted(want - have), sorted(have - want)

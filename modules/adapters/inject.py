@@ -1,0 +1,356 @@
+"""Putting adapters into a model, choosing among them, and taking them out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .delta import Delta, WeightInfo
+from .errors import AdapterError
+from .layers import AdapterSet, adapt, adapted_layers, restore
+from .selective import Selective
+from .split import split
+from .summary import Summary, summary
+from .targets import (
+    Candidate,
+    candidates,
+    head_names,
+    is_inside,
+    match_names,
+    nearest,
+    refuse_unusable,
+    select,
+)
+from .tuning import DeltaTuning, Tuning
+
+
+@dataclass
+class Planned:
+    """A delta that is built and waits to be attached."""
+
+    candidate: Candidate
+    delta: Delta
+
+
+def inject(
+    model: nn.Module, tuning: Tuning, name: str = "default", train: Sequence[str] = ()
+) -> Summary:
+    """Freezes a model and adds trainable deltas to it, in place.
+
+    Args:
+        model: Any module; its task head (timm's ``get_classifier``, or a child called head,
+            heads, fc, classifier or lm_head) is never adapted.
+        tuning: What to add, such as ``FLoRA(rank=8)``, or what to train, such as ``BitFit()``.
+        name: Name of the adapter. A second adapter under another name joins the first and takes
+            its place as the active one (see `activate`).
+        train: Names of modules that stay trainable as they are, above all the head.
+
+    Returns:
+        The summary of what is trained.
+
+    Raises:
+        AdapterError: A pattern matches nothing, a weight cannot be adapted, or the name is
+            taken. The model is then as it was.
+    """
+    trained = resolve_modules(model, train)
+    if isinstance(tuning, Selective):
+        chosen = list(tuning.select(model))
+        model.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+    elif isinstance(tuning, DeltaTuning):
+        planned = plan(model, tuning, name, trained)
+        model.requires_grad_(False)
+        attach(model, name, planned)
+    else:
+        raise AdapterError(f"tuning must be a Tuning such as FLoRA(rank=8), not {tuning!r}")
+    for module in trained:
+        model.get_submodule(module).requires_grad_(True)
+    return summary(model)
+
+
+def plan(model: nn.Module, tuning: DeltaTuning, name: str, trained: Sequence[str]) -> list[Planned]:
+    """Builds every delta that a tuning asks for, without touching the model."""
+    check_name(model, name)
+    everything = candidates(model)
+    heads = [*head_names(model), *trained]
+    pool = [c for c in everything if not is_inside(c.layer, heads) or c.layer == ""]
+    targets = _as_list("linear" if tuning.targets is None else tuning.targets)
+    _refuse_heads(targets, pool, everything, heads)
+    chosen = select(pool, targets)
+    excluded = {c.info.name for c in select(everything, _as_list(tuning.exclude), "exclude")}
+    chosen = [c for c in chosen if c.info.name not in excluded]
+    if not chosen:
+        raise AdapterError(f"exclude={tuning.exclude!r} leaves nothing of targets={targets!r}")
+    for candidate in chosen:
+        refuse_unusable(candidate, model)
+    overrides = _overrides(tuning, chosen)
+    return [Planned(c, _build(tuning, c.info, overrides[c.info.name])) for c in chosen]
+
+
+def attach(model: nn.Module, name: str, planned: Sequence[Planned]) -> None:
+    """Attaches built deltas to their layers and makes their adapter the only active one."""
+    for item in planned:
+        adapt(item.candidate.module).add(name, item.candidate.param, item.delta)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and hasattr(module.out_proj, "adapters"):
+            adapt(module)  # it reads the weight of that child without calling it
+        if isinstance(module, nn.TransformerEncoderLayer) and any(adapted_layers(module)):
+            module.register_forward_pre_hook(_no_fast_path)
+    activate(model, name)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises unless ``name`` can be the name of a new adapter of ``model``."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(AdapterSet(), name):
+        raise AdapterError(f"an adapter cannot be called {name!r}: use letters, digits, _ and -")
+    if name in adapter_names(model):
+        raise AdapterError(
+            f"the model has an adapter {name!r} already: delete it or take another name"
+        )
+    _refuse_merged(model, "add an adapter")
+
+
+def _build(tuning: DeltaTuning, info: WeightInfo, overrides: dict[str, Any]) -> Delta:
+    parts = overrides.pop("parts", None)
+    if parts is not None:
+        return split(info, parts, lambda part: _build(tuning, part, dict(overrides)))
+    delta = tuning.build(info, overrides)
+    if (tuning.dropout > 0 or tuning.path == "side") and not (info.has_side and delta.tucker()):
+        wish = "path='side'" if tuning.path == "side" else "dropout"
+        raise AdapterError(
+            f"{info.name} has no side path, which {wish} needs: exclude it, or leave {wish} off"
+        )
+    return delta
+
+
+def _overrides(tuning: DeltaTuning, chosen: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """The settings given by pattern, for each chosen weight; the first pattern that fits wins."""
+    found: dict[str, dict[str, Any]] = {candidate.info.name: {} for candidate in chosen}
+    for setting, patterns in tuning.patterns().items():
+        for pattern, value in patterns.items():
+            for candidate in select(chosen, [pattern], setting):
+                found[candidate.info.name].setdefault(setting, value)
+    return found
+
+
+def _refuse_heads(
+    targets: list[Any], pool: list[Candidate], everything: list[Candidate], heads: list[str]
+) -> None:
+    """Says of a target that names the head alone why it is refused."""
+    for target in targets:
+        try:
+            select(pool, [target])
+        except AdapterError:
+            hits = select(everything, [target])  # raises the first error again if there is none
+            raise AdapterError(
+                f"targets: {target!r} names only {hits[0].layer}, which is the task head: "
+                f"it is trained whole, by train=[{hits[0].layer!r}], not adapted"
+            ) from None
+
+
+def resolve_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
+    """Names of the modules that the patterns of ``train`` name; raises if one names none."""
+    names = [name for name, _ in model.named_modules() if name]
+    found = []
+    for pattern in _as_list(train):
+        hits = match_names(pattern, names)
+        if not hits:
+            raise AdapterError(f"train: {pattern!r} matches no module. {nearest(pattern, names)}")
+        found += hits
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: with a hook, torch runs an encoder layer's children in Python.
+
+    Its fused kernel for inference reads their weights alone and would pass the deltas by.
+    """
+
+
+# Several adapters on one model -------------------------------------------------------------------
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters of ``model``, in the order they were added."""
+    return list(
+        dict.fromkeys(name for _, _, adapters in adapted_layers(model) for name in adapters)
+    )
+
+
+def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> None:
+    """Chooses which adapters act; their deltas are added up.
+
+    The deltas of active adapters are trainable, those of the others are not.
+
+    Args:
+        model: A model with adapters.
+        names: One name, several, or weights by name. An empty list leaves the base alone.
+    """
+    if isinstance(names, str):
+        names = [names]
+    weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    _check_known(model, weights)
+    _refuse_merged(model, "choose another adapter")
+    for _, _, adapters in adapted_layers(model):
+        adapters.active = {name: weight for name, weight in weights.items() if name in adapters}
+        for name in adapters:
+            for _, delta in adapters[name].items():
+                _set_trainable(delta, name in weights)
+
+
+def _set_trainable(delta: Delta, trainable: bool) -> None:
+    for _, leaf in delta.leaves():
+        if leaf is not None:
+            for name, parameter in leaf.named_parameters():
+                parameter.requires_grad_(trainable and name not in leaf.frozen())
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Takes one adapter out; with the last one, every trace of litflora goes.
+
+    Raises:
+        AdapterError: There is no such adapter, or its deltas are merged.
+    """
+    _check_known(model, [name])
+    _refuse_merged(model, "delete an adapter")
+    for _, layer, adapters in list(adapted_layers(model)):
+        if name in adapters:
+            adapters.remove(name)
+        if not len(adapters) and not _serves_child(layer):
+            restore(layer)
+    _drop_unneeded_hooks(model)
+
+
+def unload(model: nn.Module) -> None:
+    """Takes every adapter out and leaves the base; parameters stay frozen as they are."""
+    _refuse_merged(model, "unload")
+    strip(model)
+
+
+def strip(model: nn.Module) -> None:
+    """Restores every adapted layer's class, whatever its weights hold."""
+    for _, layer, _ in list(adapted_layers(model)):
+        restore(layer)
+    _drop_unneeded_hooks(model)
+
+
+def _serves_child(layer: nn.Module) -> bool:
+    """Whether an attention layer is adapted for the sake of its output projection."""
+    if not isinstance(layer, nn.MultiheadAttention):
+        return False
+    child = getattr(layer.out_proj, "adapters", None)
+    return isinstance(child, AdapterSet) and len(child) > 0
+
+
+def _drop_unneeded_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not any(adapted_layers(module)):
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:
+                del hooks[key]
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes exactly what its base does, merged or not."""
+    switched = [
+        (layer, adapters) for _, layer, adapters in adapted_layers(model) if adapters.enabled
+    ]
+    for layer, adapters in switched:
+        adapters.enabled = False
+        _exchange(layer, adapters)
+    try:
+        yield model
+    finally:
+        for layer, adapters in switched:
+            adapters.enabled = True
+            _exchange(layer, adapters)
+
+
+def _exchange(layer: nn.Module, adapters: AdapterSet) -> None:
+    """Exchanges merged weights and their kept originals."""
+    for param, original in adapters.originals.items():
+        weight = layer._parameters[param]
+        assert weight is not None
+        weight.data, adapters.originals[param] = original, weight.data
+
+
+@torch.no_grad()
+def route(model: nn.Module, names: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
+    """Runs a batch in which each sample has its own adapter; for inference.
+
+    The samples of one adapter run together, so every sample is computed once.
+
+    Args:
+        model: A model with adapters, not merged.
+        names: The adapter of each sample; None is the base.
+        *args: Positional inputs; every tensor among them is batched along its first dimension.
+        **kwargs: Keyword inputs, likewise.
+
+    Returns:
+        The model's output in the order of ``names``.
+
+    Raises:
+        AdapterError: A name is unknown, or the batch is not as long as ``names``.
+    """
+    _check_known(model, [name for name in names if name is not None])
+    lengths = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    if lengths != {len(names)}:
+        raise AdapterError(f"{len(names)} adapter names for inputs of batch size {sorted(lengths)}")
+    before = [(adapters, adapters.active) for _, _, adapters in adapted_layers(model)]
+    _refuse_merged(model, "route")
+    outputs, order = [], []
+    try:
+        for name in dict.fromkeys(names):
+            picked = [i for i, other in enumerate(names) if other == name]
+            for adapters, _ in before:
+                adapters.active = {name: 1.0} if name is not None and name in adapters else {}
+            outputs.append(_run_picked(model, picked, args, kwargs))
+            order += picked
+    finally:
+        for adapters, active in before:
+            adapters.active = active
+    back = torch.tensor(order).argsort()
+    return pytree.tree_map(lambda *parts: torch.cat(parts)[back.to(parts[0].device)], *outputs)
+
+
+def _run_picked(model: nn.Module, picked: list[int], args: Any, kwargs: Any) -> Any:
+    pick = lambda x: x[picked] if isinstance(x, Tensor) else x  # noqa: E731
+    args, kwargs = pytree.tree_map(pick, (args, kwargs))
+    return model(*args, **kwargs)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters that train, by name: those of deltas, and the others."""
+    inside = {id(p) for _, _, adapters in adapted_layers(model) for p in adapters.parameters()}
+    found: dict[str, dict[str, nn.Parameter]] = {"adapters": {}, "other": {}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found["adapters" if id(parameter) in inside else "other"][name] = parameter
+    return found
+
+
+def _check_known(model: nn.Module, names: Any) -> None:
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise AdapterError(f"no adapter {name!r}: the model has {', '.join(known) or 'none'}")
+
+
+def _refuse_merged(model: nn.Module, what: str) -> None:
+    for name, _, adapters in adapted_layers(model):
+        if adapters.merged:
+            merged = ", ".join(adapters.merged)
+            raise AdapterError(f"cannot {what} while {merged} is merged into {name}: unmerge first")

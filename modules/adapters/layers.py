@@ -1,0 +1,269 @@
+"""How a layer carries its deltas and stays what it was.
+
+An adapted layer keeps its object, parameters and state-dict keys. Its class becomes a subclass
+made on the fly, whose forward adds the active deltas, and it gains one child, ``adapters``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Delta
+from .errors import AdapterError
+from .ops import Op, op_of, rows
+from .paths import Total, choose
+
+
+class Deltas(nn.Module):
+    """The deltas of one adapter on one layer, by the name of the parameter they change."""
+
+    def __getitem__(self, param: str) -> Delta:
+        delta = self._modules[param]
+        assert isinstance(delta, Delta)
+        return delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def items(self) -> Iterator[tuple[str, Delta]]:
+        """Pairs of parameter name and delta."""
+        return ((param, self[param]) for param in self)
+
+
+class AdapterSet(nn.Module):
+    """All adapters of one layer, by name.
+
+    Attributes:
+        active: The adapters that act, with their weights.
+        enabled: False inside `disabled`.
+        merged: The adapters that the layer's weights hold already, with their weights.
+        originals: The untouched weights, while something is merged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: dict[str, float] = {}
+        self.enabled = True
+        self.merged: dict[str, float] = {}
+        self.originals: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Deltas:
+        deltas = self._modules[name]
+        assert isinstance(deltas, Deltas)
+        return deltas
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterSet:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
+        return self
+
+    def add(self, name: str, param: str, delta: Delta) -> None:
+        """Adds the delta of one parameter to the adapter ``name``."""
+        if name not in self:
+            self.add_module(name, Deltas())
+        self[name].add_module(param, delta)
+
+    def remove(self, name: str) -> None:
+        """Drops the adapter ``name``."""
+        del self._modules[name]
+        self.active.pop(name, None)
+
+    def applied(self) -> dict[str, Total]:
+        """The deltas to be added in forward, by parameter."""
+        if not self.enabled:
+            return {}
+        return self.sums({n: w for n, w in self.active.items() if n not in self.merged})
+
+    def sums(self, weights: dict[str, float]) -> dict[str, Total]:
+        """The weighted deltas of the adapters named, by parameter."""
+        terms: dict[str, list[tuple[Delta, float]]] = {}
+        for name, weight in weights.items():
+            if name in self and weight != 0.0:
+                for param, delta in self[name].items():
+                    terms.setdefault(param, []).append((delta, weight))
+        return {param: Total(pairs) for param, pairs in terms.items()}
+
+
+if TYPE_CHECKING:  # only ever mixed into a module, which it need not be by itself
+    Layer = nn.Module
+else:
+    Layer = object
+
+
+class Adapted(Layer):
+    """The forward of an adapted layer; mixed in before the layer's own class."""
+
+    adapters: AdapterSet
+    _litflora_op: Op | None
+    _litflora_base: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer with ``W + dW`` in the place of W."""
+        if self.adapters.merged:
+            _refuse_training_merged(self)
+        sums = _sums(self)
+        if not sums:
+            return super().forward(*args, **kwargs)
+        if self._litflora_op is None or list(sums) != ["weight"]:
+            with _substituted(sums):
+                return super().forward(*args, **kwargs)
+        return self._forward_by_path(
+            self._litflora_op, sums["weight"][2], (*args, *kwargs.values())
+        )
+
+    def _forward_by_path(self, op: Op, total: Total, args: tuple[Any, ...]) -> Tensor:
+        merged: list[tuple[Delta, float]] = []
+        side: list[tuple[Delta, float]] = []
+        base = cast(Tensor, self.weight)
+        for delta, weight in total.terms:
+            path = choose(delta, rows(args[0], delta), base, self.training)
+            (merged if path == "merged" else side).append((delta, weight))
+        y = op.merged(self, args, Total(merged)) if merged else super().forward(*args)
+        for delta, weight in side:
+            y = _beside(y, op, self, args, delta, weight)
+        return y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on the fly, so pickle and deepcopy are told how to make it again.
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _restore, (self._litflora_base,), state
+
+
+def _beside(
+    y: Tensor, op: Op, layer: Any, args: tuple[Any, ...], delta: Delta, weight: float
+) -> Tensor:
+    """Adds the low-rank chain of each slice to the slice of ``y`` that it changes."""
+    features = 1 - len(delta.info.shape)  # the channel dimension of y, counted from its end
+    leaves = delta.leaves()
+    if leaves[0][1] is delta:
+        return torch.add(y, op.side(layer, args, delta), alpha=weight * delta.scale)
+    slices = list(y.split_with_sizes([size for size, _ in leaves], features))
+    for i, (_, leaf) in enumerate(leaves):
+        if leaf is not None:
+            chain = op.side(layer, args, leaf)
+            slices[i] = torch.add(slices[i], chain, alpha=weight * leaf.scale)
+    return torch.cat(slices, features)
+
+
+def _restore(base: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base)
+    return cls.__new__(cls)
+
+
+def adapted_class(base: type[nn.Module]) -> type[Adapted]:
+    """The adapted subclass of a layer class; one for each, so that equal layers have one type."""
+    if base not in _CLASSES:
+        body = {"_litflora_op": op_of(base), "_litflora_base": base, "__module__": base.__module__}
+        _CLASSES[base] = type(f"Adapted{base.__name__}", (Adapted, base), body)
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type, type[Adapted]] = {}
+
+
+def adapt(layer: nn.Module) -> AdapterSet:
+    """Makes ``layer`` able to carry deltas, in place; returns the set that will hold them."""
+    if not isinstance(layer, Adapted):
+        layer.__class__ = adapted_class(type(layer))
+        layer.adapters = AdapterSet()
+    return cast(Adapted, layer).adapters
+
+
+def restore(layer: nn.Module) -> None:
+    """Takes every trace of litflora off ``layer``."""
+    assert isinstance(layer, Adapted)
+    del layer._modules["adapters"]
+    layer.__class__ = layer._litflora_base  # type: ignore[assignment]
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
+    """Name, layer and adapters of every adapted layer of ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module, module.adapters
+
+
+def _refuse_training_merged(layer: Adapted) -> None:
+    if layer.training and torch.is_grad_enabled():
+        raise AdapterError(
+            f"{layer._litflora_base.__name__} is merged: its adapters would get no gradient. "
+            "Call unmerge(model) before training"
+        )
+
+
+# Layers whose own forward runs with the weight put in its place -----------------------------------
+
+_Sums = dict[str, tuple[nn.Module, str, Total]]
+
+
+def _sums(layer: Any) -> _Sums:
+    """Owner, parameter and delta of every weight that the layer's forward reads."""
+    found = {param: (layer, param, total) for param, total in layer.adapters.applied().items()}
+    if isinstance(layer, nn.MultiheadAttention) and isinstance(layer.out_proj, Adapted):
+        # Attention reads this child's weight without ever calling it.
+        for param, total in layer.out_proj.adapters.applied().items():
+            found[f"out_proj.{param}"] = (layer.out_proj, param, total)
+    return found
+
+
+@contextmanager
+def _substituted(sums: _Sums) -> Iterator[None]:
+    """Puts ``W + dW`` in the place of each weight for one forward."""
+    kept = [(module, param, module._parameters[param]) for module, param, _ in sums.values()]
+    swapped: list[tuple[Tensor, Tensor, Total]] = []
+    for module, param, total in sums.values():
+        weight = module._parameters[param]
+        assert weight is not None
+        added = (weight + total(*total.tensors())).to(weight.dtype)
+        swapped.append((added, weight, total))
+    try:
+        for (module, param, _), (added, _, _) in zip(kept, swapped, strict=True):
+            module._parameters[param] = added  # type: ignore[assignment]
+        with _rebuilt_in_backward(swapped):
+            yield
+    finally:
+        for module, param, weight in kept:
+            module._parameters[param] = weight
+
+
+def _rebuilt_in_backward(
+    swapped: list[tuple[Tensor, Tensor, Total]],
+) -> AbstractContextManager[Any]:
+    """Keeps autograd from saving any ``W + dW``: it saves how to build it again."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    known = {
+        added.untyped_storage().data_ptr(): (weight, total) for added, weight, total in swapped
+    }
+
+    def pack(tensor: Tensor) -> Any:
+        source = known.get(tensor.untyped_storage().data_ptr())
+        if source is None:
+            return tensor
+        return (*source, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        weight, total, size, stride, offset = packed
+        added = (weight + total(*total.tensors())).to(weight.dtype)
+        return torch.as_strided(added, size, stride, offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,157 @@
+"""Merging deltas into the weights, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .inject import adapter_names, strip
+from .layers import AdapterSet, adapted_layers
+
+
+@dataclass
+class MergedWeight:
+    """One merged weight.
+
+    Attributes:
+        name: The weight.
+        delta_norm: Frobenius norm of the exact dW.
+        lost: Share of dW that rounding to the weight's type lost: ||cast(W + dW) - (W + dW)||
+            over ||dW||.
+    """
+
+    name: str
+    delta_norm: float
+    lost: float
+
+
+@dataclass
+class MergeReport:
+    """What a merge did."""
+
+    dtype: torch.dtype | None = None
+    rows: list[MergedWeight] = field(default_factory=list)
+
+    @property
+    def lost(self) -> float:
+        """The largest share that any delta lost to rounding."""
+        return max((row.lost for row in self.rows), default=0.0)
+
+    def __str__(self) -> str:
+        text = f"merged {len(self.rows)} weights"
+        if not self.rows:
+            return text
+        worst = max(self.rows, key=lambda row: row.lost)
+        return f"{text}; rounding lost at most {worst.lost:.2g} of a delta ({worst.name})"
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module, names: str | Sequence[str] | None = None, unload: bool = False
+) -> MergeReport:
+    """Adds deltas to the weights, computed in float32 or wider and cast once.
+
+    Args:
+        model: A model with adapters.
+        names: The adapters to merge, with their present weights; None is every active one.
+        unload: Leave a plain model without a trace of litflora, which cannot be unmerged.
+
+    Returns:
+        For each weight, the size of its delta and what rounding lost of it.
+
+    Raises:
+        AdapterError: A delta holds a NaN or an infinity, or an adapter is not active. The model
+            is then as it was.
+    """
+    chosen = _choose(model, names)
+    touched: list[tuple[nn.Module, AdapterSet, dict[str, float]]] = []
+    report = MergeReport()
+    try:
+        for name, layer, adapters in adapted_layers(model):
+            before = dict(adapters.merged)
+            touched.append((layer, adapters, before))
+            adapters.merged |= {n: adapters.active[n] for n in chosen if n in adapters}
+            if adapters.merged != before:
+                report.rows += _write(name, layer, adapters)
+    except AdapterError:
+        for layer, adapters, before in touched:
+            adapters.merged = before
+            _write("", layer, adapters)
+        raise
+    if unload:
+        for _, _, adapters in adapted_layers(model):
+            adapters.originals.clear()
+        strip(model)
+    return report
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Puts the original weights back, bit for bit; does nothing where nothing is merged."""
+    _refuse_disabled(model)
+    for _, layer, adapters in adapted_layers(model):
+        adapters.merged = {}
+        _write("", layer, adapters)
+
+
+def base_weight(layer: nn.Module, param: str) -> Tensor:
+    """The weight that a layer had before anything was merged."""
+    adapters = getattr(layer, "adapters", None)
+    if isinstance(adapters, AdapterSet) and adapters.enabled and param in adapters.originals:
+        return adapters.originals[param]
+    weight = layer._parameters[param]
+    assert weight is not None
+    return weight
+
+
+def _choose(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
+    known = adapter_names(model)
+    if not known:
+        raise AdapterError("the model has no adapter to merge")
+    _refuse_disabled(model)
+    active = {name for _, _, adapters in adapted_layers(model) for name in adapters.active}
+    asked = [names] if isinstance(names, str) else list(names or [n for n in known if n in active])
+    for name in asked:
+        if name not in active:
+            state = "not active" if name in known else "unknown"
+            raise AdapterError(f"adapter {name!r} is {state}; active: {', '.join(sorted(active))}")
+    return asked
+
+
+def _refuse_disabled(model: nn.Module) -> None:
+    if any(not adapters.enabled for _, _, adapters in adapted_layers(model)):
+        raise AdapterError("the adapters are disabled: merge and unmerge outside `disabled`")
+
+
+def _write(name: str, layer: nn.Module, adapters: AdapterSet) -> list[MergedWeight]:
+    """Makes the layer's weights what ``adapters.merged`` says, starting from the originals."""
+    report = []
+    sums = adapters.sums(adapters.merged)
+    for param in {*sums, *adapters.originals}:
+        weight = layer._parameters[param]
+        assert weight is not None
+        if param not in sums:
+            weight.data = adapters.originals.pop(param)
+            continue
+        original = base_weight(layer, param).detach()
+        # Float32 at least: a bf16 sum would round dW away before it is even cast.
+        delta = sums[param](*(t.to(_wide(t)) for t in sums[param].tensors()))
+        label = f"{name}.{param}".lstrip(".")
+        if not bool(torch.isfinite(delta).all()):
+            raise AdapterError(f"the delta of {label} is not finite: nothing was merged")
+        exact = original.to(torch.promote_types(_wide(original), delta.dtype)) + delta
+        merged = exact.to(original.dtype)
+        norm = float(delta.norm())
+        lost = float((merged.to(exact.dtype) - exact).norm()) / norm if norm else 0.0
+        report.append(MergedWeight(label, norm, lost))
+        adapters.originals[param] = original
+        weight.data = merged.contiguous(memory_format=torch.preserve_format)
+    return report
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

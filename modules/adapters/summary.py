@@ -1,0 +1,226 @@
+"""What is adapted, how, and what it costs: figures, printed as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Delta
+from .layers import adapted_layers
+from .lora import conv_parameter_counts
+from .ops import rows as rows_of
+from .paths import choose
+
+# Rows assumed where no example shows how many a layer maps: enough not to be what decides.
+MANY_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One delta.
+
+    Attributes:
+        layer: Dotted name of the weight's layer.
+        adapter: Name of the adapter.
+        param: The weight's own name.
+        kind: What the weight is used for.
+        shape: The weight's stored shape.
+        ranks: The rank of each mode, or the one rank of LoRA.
+        clamped: Whether a larger rank was asked for than the weight has.
+        params: Parameters of the delta.
+        full_params: Parameters of the weight.
+        path: The computing path, for the example's rows if there is one.
+        lora_params: What LoRA of the same rank would have here, by the formula it is counted by.
+    """
+
+    layer: str
+    adapter: str
+    param: str
+    kind: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    clamped: bool
+    params: int
+    full_params: int
+    path: str
+    lora_params: dict[str, int]
+
+
+@dataclass
+class Summary:
+    """Figures of a tuned model; ``print`` shows them as a table.
+
+    Attributes:
+        rows: One for each delta.
+        trainable: Parameters that train, deltas and others.
+        total: Parameters of the base.
+        adapter_params: Parameters of all deltas.
+        saved_bytes: Bytes that autograd keeps for the example's backward, parameters left out
+            and every storage counted once; None without an example.
+        warnings: What deserves a second look.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    trainable: int = 0
+    total: int = 0
+    adapter_params: int = 0
+    saved_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._table(), *self._totals(), *(f"! {w}" for w in self.warnings)])
+
+    def lora_totals(self) -> dict[str, int]:
+        """What LoRA of the same ranks would have in all, under each formula that fits all rows."""
+        forms = [set(row.lora_params) for row in self.rows]
+        common = sorted(set.intersection(*forms)) if forms else []
+        return {form: sum(row.lora_params[form] for row in self.rows) for form in common}
+
+    def _table(self) -> list[str]:
+        if not self.rows:
+            return []
+        head = ("weight", "kind", "shape", "rank", "params", "of full", "path")
+        body = [
+            (
+                f"{row.layer}.{row.param}".lstrip(".") + _adapter_tag(row),
+                row.kind,
+                "x".join(map(str, row.shape)),
+                "x".join(map(str, row.ranks)) + ("*" if row.clamped else ""),
+                f"{row.params:,}",
+                f"{row.params / row.full_params:.1%}",
+                row.path,
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = [_line(cells, widths) for cells in (head, *body)]
+        return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
+
+    def _totals(self) -> Iterator[str]:
+        share = self.trainable / self.total if self.total else 0.0
+        yield (
+            f"trainable {self.trainable:,} ({share:.2%} of the base's {self.total:,}), "
+            f"of which in deltas {self.adapter_params:,}"
+        )
+        if self.rows:
+            names = {"peft": "PEFT", "loralib": "loralib", "article": "FLoRA article"}
+            counts = ", ".join(f"{n:,} ({names[form]})" for form, n in self.lora_totals().items())
+            yield f"LoRA of the same ranks, by its formula on convolutions: {counts}"
+        if any(row.clamped for row in self.rows):
+            yield "* clamped: a larger rank was asked for than the weight has"
+        if self.saved_bytes is not None:
+            yield f"saved for backward {self.saved_bytes / 2**20:.1f} MiB"
+
+
+def summary(model: nn.Module, example: Any = None) -> Summary:
+    """Describes what is adapted and trained.
+
+    Args:
+        model: A model, adapted or not.
+        example: An input, or a tuple of inputs. With one, a forward is run to count the bytes
+            kept for backward and to see how many rows each layer maps.
+
+    Returns:
+        The figures.
+    """
+    saved, seen = (None, {}) if example is None else measure(model, example)
+    result = Summary(saved_bytes=saved)
+    deltas: set[int] = set()
+    for name, layer, adapters in adapted_layers(model):
+        for adapter in adapters:
+            for param, delta in adapters[adapter].items():
+                deltas |= {id(p) for p in delta.parameters()}
+                result.rows.append(_row(name, layer, adapter, param, delta, seen.get(name)))
+    for parameter in model.parameters():
+        size = parameter.numel()
+        result.trainable += size if parameter.requires_grad else 0
+        if id(parameter) in deltas:
+            result.adapter_params += size
+        else:
+            result.total += size
+    result.warnings = [
+        f"{row.layer}: its delta has {row.params:,} parameters, its weight {row.full_params:,}"
+        for row in result.rows
+        if row.params > row.full_params
+    ]
+    return result
+
+
+def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
+    """Runs one forward and returns the bytes kept for backward, and the rows of each layer."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being reused
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor
+        return tensor
+
+    args = example if isinstance(example, tuple) else (example,)
+    with _counting_rows(model) as seen, torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(*args)
+        del output
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), seen
+
+
+@contextmanager
+def _counting_rows(model: nn.Module) -> Iterator[dict[str, int]]:
+    seen: dict[str, int] = {}
+
+    def hook_of(name: str, delta: Delta) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen[name] = rows_of(args[0], delta)
+
+        return hook
+
+    handles = []
+    for name, layer, adapters in adapted_layers(model):
+        first = next((delta for a in adapters for _, delta in adapters[a].items()), None)
+        if first is not None:
+            handles.append(layer.register_forward_pre_hook(hook_of(name, first)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _row(
+    name: str, layer: nn.Module, adapter: str, param: str, delta: Delta, seen: int | None
+) -> Row:
+    info = delta.info
+    ranks = delta.ranks()
+    weight = layer._parameters[param]
+    assert weight is not None
+    per_mode = len(ranks) == len(info.shape)
+    rank = max(ranks[info.out_dim], ranks[info.in_dim]) if per_mode else ranks[0]
+    return Row(
+        layer=name,
+        adapter=adapter,
+        param=param,
+        kind=info.kind,
+        shape=info.shape,
+        ranks=ranks,
+        clamped=delta.clamped,
+        params=sum(p.numel() for p in delta.parameters()),
+        full_params=weight.numel(),
+        path=choose(delta, MANY_ROWS if seen is None else seen, weight, layer.training),
+        lora_params=conv_parameter_counts(info, rank),
+    )
+
+
+def _adapter_tag(row: Row) -> str:
+    return "" if row.adapter == "default" else f" [{row.adapter}]"
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    first, *rest = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join([first, *rest]).rstrip()

@@ -73,6 +73,8 @@ def save(
         raise AdapterError(
             f"{folder} holds an adapter already: choose another folder, or overwrite=True"
         )
+    if format not in ("litflora", "peft"):
+        raise AdapterError(f"format must be 'litflora' or 'peft', not {format!r}")
     deltas = _deltas(model, name)
     trained = _trained(model)
     if not deltas and not trained:
@@ -127,9 +129,10 @@ def load(
     modules = resolve_modules(model, train)
     planned = _plan(model, stored)
     _check_trained(model, stored.trained)
-    if "base" in stored.config:
-        present = base_tensors(model)
-        check(stored.config["base"], present)
+    if "format" in stored.config:
+        # Last, since the checks before it can name what differs.
+        _check_together(Path(folder), stored.config)
+        check(stored.config["base"], base_tensors(model))
     model.requires_grad_(False)
     attach(model, name, planned)
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -158,11 +161,19 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict) or ("format" not in config and "peft_type" not in config):
         raise AdapterError(f"{path} is no adapter configuration of litflora or PEFT")
-    if "format" in config and config["format"] != FORMAT:
+    if "format" in config:
+        _check_format(path, config)
+    return config
+
+
+def _check_format(path: Path, config: dict[str, Any]) -> None:
+    if config["format"] != FORMAT:
         raise AdapterError(
             f"{path} has format {config['format']!r}, this litflora reads {FORMAT}: update litflora"
         )
-    return config
+    for key, kind in (("deltas", dict), ("trained", list), ("base", dict), ("metadata", dict)):
+        if not isinstance(config.get(key), kind):
+            raise AdapterError(f"{path} is damaged: it has no {key!r}")
 
 
 def _read(path: Path, model: nn.Module) -> Stored:
@@ -176,12 +187,15 @@ def _read(path: Path, model: nn.Module) -> Stored:
         from .peft_format import from_peft
 
         return from_peft(tensors, config, model)
-    if config.get("checksum") != _checksum(path / WEIGHTS, config):
+    return _from_litflora(tensors, config)
+
+
+def _check_together(folder: Path, config: dict[str, Any]) -> None:
+    if config.get("checksum") != _checksum(folder / WEIGHTS, config):
         raise AdapterError(
-            f"{path} is damaged: its files are not those that were saved together (checksums "
+            f"{folder} is damaged: its files are not those that were saved together (checksums "
             "differ). Copy the folder again, or use an earlier one"
         )
-    return _from_litflora(tensors, config)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -233,7 +247,12 @@ def _builder(record: dict[str, Any]) -> Callable[[WeightInfo], Delta]:
             raise AdapterError(
                 f"{info.name} has a delta of type {kind!r}, unknown to this litflora"
             )
-        return Delta.registry[kind](info, **settings)
+        try:
+            return Delta.registry[kind](info, **settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AdapterError(
+                f"{info.name}: its settings in {CONFIG} do not fit: {error}"
+            ) from None
 
     return build
 
@@ -266,6 +285,8 @@ def _fill(weight: str, delta: Delta, tensors: dict[str, Tensor]) -> None:
         problem = f"lacks {missing[0]}" if missing else f"has an unexpected {unexpected[0]}"
         raise AdapterError(f"{weight}: the adapter file {problem} (expected {', '.join(own)})")
     for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{weight}: {key} holds a NaN or an infinity in the adapter file")
         if own[key].shape != tensor.shape:
             raise AdapterError(
                 f"{weight}: {key} has shape {list(tensor.shape)} in the file, "
@@ -339,6 +360,10 @@ def _checksum(weights: Path, config: dict[str, Any]) -> str:
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Writes both files under temporary names, then renames them."""
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise AdapterError(f"metadata must be plain values: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
         weights, text = Path(scratch) / WEIGHTS, Path(scratch) / CONFIG

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .delta import Delta, Path, WeightInfo
 from .errors import AdapterError
 from .tucker import Factors, expand
-from .tuning import DeltaTuning, check_rank
+from .tuning import DeltaTuning, check_finite, check_rank
 
 Init = Literal["width", "paper"]
 
@@ -159,8 +159,8 @@ class FLoRA(DeltaTuning):
             check_rank(rank, "spatial_rank")
         if self.init not in ("width", "paper"):
             raise AdapterError(f"init must be 'width' or 'paper', not {self.init!r}")
-        if not math.isfinite(self.scale):
-            raise AdapterError(f"scale must be a finite number, not {self.scale!r}")
+        for scale in (self.scale, *self.scale_pattern.values()):
+            check_finite(scale, "scale")
 
     def patterns(self) -> dict[str, dict[str, Any]]:
         """Adds the scales."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ def attach(model: nn.Module, name: str, planned: Sequence[Planned]) -> None:
             adapt(module)  # it reads the weight of that child without calling it
         if isinstance(module, nn.TransformerEncoderLayer) and any(adapted_layers(module)):
             module.register_forward_pre_hook(_no_fast_path)
-    activate(model, name)
+    if planned:
+        activate(model, name)
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -202,6 +204,8 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
         names = [names]
     weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     _check_known(model, weights)
+    if not all(math.isfinite(weight) for weight in weights.values()):
+        raise AdapterError(f"the weights of adapters must be finite numbers: {weights}")
     _refuse_merged(model, "choose another adapter")
     for _, _, adapters in adapted_layers(model):
         adapters.active = {name: weight for name, weight in weights.items() if name in adapters}

@@ -6,6 +6,7 @@ made on the fly, whose forward adds the active deltas, and it gains one child, `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Delta
-from .errors import AdapterError
 from .ops import Op, op_of, rows
 from .paths import Total, choose
 
@@ -79,6 +79,7 @@ class AdapterSet(nn.Module):
         if name not in self:
             self.add_module(name, Deltas())
         self[name].add_module(param, delta)
+        self[name].train(self.training)
 
     def remove(self, name: str) -> None:
         """Drops the adapter ``name``."""
@@ -116,8 +117,8 @@ class Adapted(Layer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the layer with ``W + dW`` in the place of W."""
-        if self.adapters.merged:
-            _refuse_training_merged(self)
+        if self.adapters.merged and self.training and torch.is_grad_enabled():
+            _warn_training_merged(self)
         sums = _sums(self)
         if not sums:
             return super().forward(*args, **kwargs)
@@ -139,6 +140,12 @@ class Adapted(Layer):
         for delta, weight in side:
             y = _beside(y, op, self, args, delta, weight)
         return y
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        if any(f"{prefix}{param}" in state for param in self.adapters.originals):
+            args[-1].append(f"{prefix.rstrip('.')} is merged: unmerge before loading base weights")
+            return
+        super()._load_from_state_dict(state, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on the fly, so pickle and deepcopy are told how to make it again.
@@ -182,7 +189,7 @@ def adapt(layer: nn.Module) -> AdapterSet:
     """Makes ``layer`` able to carry deltas, in place; returns the set that will hold them."""
     if not isinstance(layer, Adapted):
         layer.__class__ = adapted_class(type(layer))
-        layer.adapters = AdapterSet()
+        layer.adapters = AdapterSet().train(layer.training)
     return cast(Adapted, layer).adapters
 
 
@@ -200,11 +207,12 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSe
             yield name, module, module.adapters
 
 
-def _refuse_training_merged(layer: Adapted) -> None:
-    if layer.training and torch.is_grad_enabled():
-        raise AdapterError(
-            f"{layer._litflora_base.__name__} is merged: its adapters would get no gradient. "
-            "Call unmerge(model) before training"
+def _warn_training_merged(layer: Adapted) -> None:
+    if not torch.compiler.is_compiling():
+        merged = ", ".join(layer.adapters.merged)
+        warnings.warn(
+            f"adapter {merged} is merged and gets no gradient: unmerge(model) before training",
+            stacklevel=3,
         )
 
 

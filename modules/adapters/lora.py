@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .delta import Delta, Path, WeightInfo
 from .errors import AdapterError
 from .tucker import Factors, expand
-from .tuning import DeltaTuning, check_rank
+from .tuning import DeltaTuning, check_finite, check_rank
 
 ConvForm = Literal["peft", "loralib", "article"]
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -208,8 +208,8 @@ class LoRA(DeltaTuning):
         check_rank(self.rank)
         if self.conv not in _CONV_FORMS:
             raise AdapterError(f"conv must be one of {', '.join(_CONV_FORMS)}, not {self.conv!r}")
-        if not math.isfinite(self.alpha):
-            raise AdapterError(f"alpha must be a finite number, not {self.alpha!r}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            check_finite(alpha, "alpha")
 
     def patterns(self) -> dict[str, dict[str, Any]]:
         """Adds the alphas."""

@@ -106,12 +106,19 @@ def matches(target: Target, candidate: Candidate) -> bool:
     if target in KEYWORDS:
         return candidate.info.kind in KEYWORDS[target]
     if target.startswith("re:"):
-        return is_layer and re.fullmatch(target[3:], candidate.layer) is not None
+        return is_layer and _regex(target).fullmatch(candidate.layer) is not None
     if is_layer and _glob(target, candidate.layer):
         return True
     # A trailing wildcard means layers: it must not sweep up position embeddings and the like.
     spelt_out = not set("*?[") & set(target.rpartition(".")[2])
     return spelt_out and _glob(target, candidate.info.name)
+
+
+def _regex(target: str) -> re.Pattern[str]:
+    try:
+        return re.compile(target[3:])  # cached by re
+    except re.error as error:
+        raise AdapterError(f"'{target}' is no regular expression: {error}") from None
 
 
 def match_names(pattern: str, names: Iterable[str]) -> list[str]:
@@ -222,7 +229,7 @@ def _nothing_matched(target: Target, pool: Sequence[Candidate], what: str) -> st
         kinds = sorted({candidate.info.kind for candidate in pool})
         return f"{what}: no layer is {shown!r}; this model has: {', '.join(kinds) or 'no layers'}"
     names = sorted({name for candidate in pool for name in candidate.names})
-    return f"{what}: {shown!r} matches no layer. {nearest(shown, names)}"
+    return f"{what}: '{shown}' matches no layer. {nearest(shown, names)}"
 
 
 def nearest(name: str, names: Sequence[str], count: int = 3) -> str:

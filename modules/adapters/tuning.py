@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,12 @@ class DeltaTuning(Tuning):
                 list(map(plain, value)) if isinstance(value, (list, tuple)) else plain(value)
             )
         return settings
+
+
+def check_finite(value: float, name: str) -> None:
+    """Raises unless ``value`` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise AdapterError(f"{name} must be a finite number, not {value!r}")
 
 
 def check_rank(rank: object, name: str = "rank") -> None:

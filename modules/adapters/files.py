@@ -22,7 +22,7 @@ from .fingerprint import base_tensors, check, fingerprint, first_difference, run
 from .inject import Planned, adapter_names, attach, check_name, resolve_modules
 from .layers import adapted_layers
 from .split import SplitDelta, part_info
-from .targets import candidates, refuse_unusable
+from .targets import candidates, refuse_lazy, refuse_unusable
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -82,7 +82,10 @@ def save(
     if format == "peft":
         from .peft_format import to_peft
 
-        tensors, config = to_peft(deltas, trained)
+        # PEFT keeps whole modules: a trained bias brings its weight, statistics their norm.
+        modules = {key.rpartition(".")[0] for key in trained}
+        whole = {k: t for k, t in base_tensors(model).items() if k.rpartition(".")[0] in modules}
+        tensors, config = to_peft(deltas, whole)
         _write(folder, tensors, config)
         return folder
     tensors = {f"{_key(w)}.{p}": t for w, d in deltas.items() for p, t in d.state_dict().items()}
@@ -124,6 +127,7 @@ def load(
         AdapterError: Something is missing, unexpected, of another shape or rank, damaged, or made
             for another base. The model is then as it was.
     """
+    refuse_lazy(model)
     check_name(model, name)
     stored = _read(Path(folder), model)
     modules = resolve_modules(model, train)

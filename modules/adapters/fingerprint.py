@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +13,7 @@ from .errors import AdapterError
 from .layers import adapted_layers
 from .merging import base_weight
 
-# How far two root mean squares may differ where one base is a rounded copy of the other.
+# How far two projections may differ where one base is a rounded copy of the other.
 ROUNDING = 1e-2
 
 
@@ -33,7 +34,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A short digest of each tensor: type, root mean square, and a hash of shape and values."""
+    """A short digest of each tensor: its type, a projection, and a hash of shape and values."""
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 
@@ -62,18 +63,28 @@ def _digest(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous()
     content = hashlib.sha256(repr(tuple(values.shape)).encode())
     content.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    rms = float(values.double().square().mean().sqrt()) if values.numel() else 0.0
-    return f"{str(values.dtype).removeprefix('torch.')} {rms:.4g} {content.hexdigest()[:8]}"
+    kind = str(values.dtype).removeprefix("torch.")
+    return f"{kind} {_projection(values):.4f} {content.hexdigest()[:8]}"
+
+
+def _projection(values: Tensor) -> float:
+    """The component of the values along one fixed direction, which rounding hardly moves.
+
+    It is scaled such that unrelated values of any size lie about a standard deviation of 1 apart.
+    """
+    flat = values.double().reshape(-1)
+    direction = torch.arange(flat.numel(), dtype=torch.float64).add_(1).cos_()
+    norm = float(flat.norm())
+    return float(flat @ direction) / norm * math.sqrt(2) if norm else 0.0
 
 
 def _same(recorded: str, here: str) -> bool:
     if recorded == here:
         return True
-    dtype, rms, _ = recorded.split(" ")
-    other_dtype, other_rms, _ = here.split(" ")
-    # A base cast to another type has other bytes, so there only the size of its values can tell.
-    close = abs(float(rms) - float(other_rms)) <= ROUNDING * max(float(rms), 1e-30)
-    return dtype != other_dtype and close
+    dtype, projection, _ = recorded.split(" ")
+    other_dtype, other_projection, _ = here.split(" ")
+    # A base cast to another type has other bytes: there the projection must tell.
+    return dtype != other_dtype and abs(float(projection) - float(other_projection)) <= ROUNDING
 
 
 def running_buffers(model: nn.Module) -> set[str]:

@@ -26,6 +26,7 @@ from .targets import (
     is_inside,
     match_names,
     nearest,
+    refuse_lazy,
     refuse_unusable,
     select,
 )
@@ -60,6 +61,7 @@ def inject(
         AdapterError: A pattern matches nothing, a weight cannot be adapted, or the name is
             taken. The model is then as it was.
     """
+    refuse_lazy(model)
     trained = resolve_modules(model, train)
     if isinstance(tuning, Selective):
         chosen = list(tuning.select(model))
@@ -229,9 +231,10 @@ def delete(model: nn.Module, name: str) -> None:
     """
     _check_known(model, [name])
     _refuse_merged(model, "delete an adapter")
-    for _, layer, adapters in list(adapted_layers(model)):
+    for _, _, adapters in adapted_layers(model):
         if name in adapters:
             adapters.remove(name)
+    for _, layer, adapters in list(adapted_layers(model)):
         if not len(adapters) and not _serves_child(layer):
             restore(layer)
     _drop_unneeded_hooks(model)

@@ -6,6 +6,7 @@ made on the fly, whose forward adds the active deltas, and it gains one child, `
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -125,9 +126,10 @@ class Adapted(Layer):
         if self._litflora_op is None or list(sums) != ["weight"]:
             with _substituted(sums):
                 return super().forward(*args, **kwargs)
-        return self._forward_by_path(
-            self._litflora_op, sums["weight"][2], (*args, *kwargs.values())
-        )
+        if kwargs:
+            bound = inspect.signature(self._litflora_base.forward).bind(self, *args, **kwargs)
+            args = bound.args[1:]
+        return self._forward_by_path(self._litflora_op, sums["weight"][2], args)
 
     def _forward_by_path(self, op: Op, total: Total, args: tuple[Any, ...]) -> Tensor:
         merged: list[tuple[Delta, float]] = []

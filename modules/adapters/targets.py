@@ -146,12 +146,18 @@ def is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises if a parameter has no shape yet: torch itself cannot freeze it."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise AdapterError(f"{name} has no shape yet: run one forward before inject")
+
+
 def refuse_unusable(candidate: Candidate, model: nn.Module) -> None:
     """Raises if a delta on this weight would be wrong or without effect."""
     weight, module = candidate.module._parameters[candidate.param], candidate.module
     name = candidate.info.name
-    if weight is None or nn.parameter.is_lazy(weight):
-        raise AdapterError(f"{name} has no shape yet: run one forward before inject")
+    assert weight is not None
     if not weight.is_floating_point():
         raise AdapterError(
             f"{name} is stored as {weight.dtype}: only floating-point bases are adapted"
@@ -179,12 +185,14 @@ def _describe(
 ) -> WeightInfo:
     kind, out_dim, groups, has_side = _kind(module, param, weight, attention)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    shape = tuple(weight.shape)
+    stacked = kind == "parameter" and len(shape) > 2  # matrices, by rows and columns
     return WeightInfo(
         name=f"{layer}.{param}".lstrip("."),
-        shape=tuple(weight.shape),
+        shape=shape,
         kind=kind,
-        out_dim=out_dim,
-        in_dim=1 - out_dim if len(weight.shape) == 2 or kind != "parameter" else weight.dim() - 1,
+        out_dim=len(shape) - 2 if stacked else out_dim,
+        in_dim=len(shape) - 1 if stacked else 1 - out_dim,
         groups=groups,
         padding_idx=module.padding_idx if isinstance(module, nn.Embedding) else None,
         has_side=has_side,

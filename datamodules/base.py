@@ -1,0 +1,187 @@
+"""What all datamodules share: samples that depend on the seed alone, and their loaders."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from .splits import few_shot
+
+Sample = tuple[Any, int, str]
+SPLITS = ("train", "val", "test")
+_SPLITS_OF_STAGE = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+    None: SPLITS,
+}
+
+
+class Images(Protocol):
+    """Anything that gives an image for an index."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass
+class Samples(Dataset[Sample]):
+    """Images with their labels and names, drawn as (image, label, name).
+
+    What a random transform does to a sample follows from the seed, the epoch and the sample, never
+    from the worker that loads it. Epoch and sample come as one key, `epoch * len(self) + index`,
+    because only the key reaches a worker that outlives the epoch.
+    """
+
+    images: Images
+    labels: Sequence[int]
+    names: Sequence[str]
+    transform: Callable[[Any], Tensor] | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int) -> Sample:
+        index = key % len(self)
+        return self._transformed(self.images[index], key), self.labels[index], self.names[index]
+
+    def _transformed(self, image: Any, key: int) -> Any:
+        if self.transform is None:
+            return image
+        (seed,) = np.random.SeedSequence((self.seed, key)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))
+            return self.transform(image)
+
+    def take(self, indices: Sequence[int]) -> "Samples":
+        """These samples only, in this order."""
+        return replace(
+            self,
+            images=Subset(self.images, indices),  # type: ignore[arg-type]  # needs no Dataset
+            labels=[self.labels[i] for i in indices],
+            names=[self.names[i] for i in indices],
+        )
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Shuffles by seed and epoch and hands out the keys of `Samples`.
+
+    Lightning leaves a DistributedSampler as it is and tells it the epoch, also after a resume. A
+    training loop of your own does so with `loader.sampler.set_epoch(epoch)`.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # Samples has a length
+        return (start + index for index in super().__iter__())
+
+
+def labelled(batch: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Collate samples to (images, labels)."""
+    images, labels, _ = zip(*batch, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def named(batch: list[Sample]) -> tuple[Tensor, list[str]]:
+    """Collate samples to (images, names), for prediction."""
+    images, _, names = zip(*batch, strict=True)
+    return torch.stack(images), list(names)
+
+
+class ClassificationDataModule(LightningDataModule):
+    """Loaders over the `Samples` that a subclass gives for each split.
+
+    Batches are (images, labels), when predicting (images, names). Images are uint8, NCHW and not
+    normalised: the backbone knows its own mean and deviation.
+
+    Args:
+        batch_size: Samples in a batch of one process.
+        num_workers: Processes that load; they change the speed and never the batches.
+        seed: Decides splits, subsets, order and augmentation.
+        samples_per_class: Train on that many samples of each class only.
+    """
+
+    class_names: list[str]
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        samples_per_class: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.samples_per_class = samples_per_class
+        self.datasets: dict[str, Samples] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def split(self, name: str) -> Samples:
+        """All samples of the split "train", "val", "test" or "predict"."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Set up once before the trainer writes its first file, so that mistakes show early."""
+        if self.trainer is not None:
+            self.setup(self.trainer.state.fn)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the splits that a stage needs, once."""
+        for name in _SPLITS_OF_STAGE[stage]:
+            if name not in self.datasets:
+                self.datasets[name] = self._subset(name, self.split(name))
+
+    def _subset(self, name: str, samples: Samples) -> Samples:
+        if name != "train" or self.samples_per_class is None:
+            return samples
+        chosen = few_shot(samples.labels, self.samples_per_class, self.seed, self.class_names)
+        return samples.take(chosen)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Batches in an order drawn anew each epoch."""
+        samples = self.datasets["train"]
+        ranks = self.trainer and self.trainer.distributed_sampler_kwargs
+        sampler = EpochSampler(samples, **(ranks or {"num_replicas": 1, "rank": 0}), seed=self.seed)
+        return self._loader(samples, labelled, sampler)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Batches in the split's own order."""
+        return self._loader(self.datasets["val"], labelled)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Batches in the split's own order."""
+        return self._loader(self.datasets["test"], labelled)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Batches of (images, names) in the split's own order."""
+        return self._loader(self.datasets["predict"], named)
+
+    def _loader(
+        self,
+        samples: Samples,
+        collate: Callable[[list[Sample]], Any],
+        sampler: EpochSampler | None = None,
+    ) -> DataLoader[Sample]:
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            # Its own generator: loading draws nothing from the stream that dropout or mixup use.
+            generator=torch.Generator().manual_seed(self.seed),
+        )

@@ -1,0 +1,70 @@
+"""Local weight files: what is in them, and what to say when they do not load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg, load_state_dict
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+# Where image towers saved by OpenCLIP and OpenAI keep their classes: key, dimension.
+CLIP_HEADS = {"visual.head.proj.weight": 0, "visual.proj": 1}
+
+
+def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
+    """The number of classes of the classifier saved in a file; None if none is seen.
+
+    Args:
+        path: The file.
+        config: timm's description of the model, which names its classifier.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights file {path} does not exist: give the path of a {', '.join(SUFFIXES)} file, "
+            "'pretrained', or null"
+        )
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"weights file {path} must end in one of {', '.join(SUFFIXES)}")
+    try:
+        state = load_state_dict(str(path))
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"weights file {path} cannot be read: {reason}\n"
+            "It is damaged or no plain state dict: fetch it again, or save it as .safetensors"
+        ) from error
+    classifier = config.classifier or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    heads = {**{f"{name}.weight": 0 for name in (*names, "head")}, **CLIP_HEADS}
+    return next((state[key].shape[dim] for key, dim in heads.items() if key in state), None)
+
+
+def fit_error(path: Path, name: str, error: Exception) -> ValueError:
+    """Says in two lines in what a file and a model differ, from torch's long list."""
+    text = str(error)
+    shapes = re.findall(
+        r"size mismatch for (\S+): .*? shape torch.Size\((.*?)\) .* is torch.Size\((.*?)\)", text
+    )
+    differences = [
+        _counted("lacks", _keys("Missing", text)),
+        _counted("has no place for", _keys("Unexpected", text)),
+        _counted("differs at", [f"{key} ({a}, not {b})" for key, a, b in shapes]),
+    ]
+    found = "; ".join(filter(None, differences)) or f"its layout is another one's ({text[:200]})"
+    return ValueError(
+        f"weights file {path} does not fit backbone {name}: {found}.\n"
+        "Name the backbone that the file was made for"
+    )
+
+
+def _keys(kind: str, text: str) -> list[str]:
+    line = re.search(rf"{kind} key\(s\) in state_dict: (.*)", text)
+    return re.findall(r'"(.+?)"', line[1]) if line else []
+
+
+def _counted(verb: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{verb} {keys[0]}{more}" if keys else ""

@@ -1,0 +1,8 @@
+"""Lightning callbacks: what a run leaves behind, and how it shows its progress."""
+
+from .adapter_folder import AdapterFolder
+from .confusion import ConfusionMatrix
+from .predictions import PredictionWriter
+from .progress import RateProgressBar
+
+__all__ = ["AdapterFolder", "ConfusionMatrix", "PredictionWriter", "RateProgressBar"]

@@ -1,0 +1,140 @@
+"""AdapterFolder: what is left of a fit, and what to do with it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ..adapters import save
+from ..module import TuningModule, describe
+from ._files import log_dir
+
+_DATA_PATHS = ("root", "predict_root")
+
+
+class AdapterFolder(Callback):
+    """Saves the tuned weights to ``<log folder>/adapter`` at the end of a fit.
+
+    The folder holds the last weights or, where a ModelCheckpoint monitors a metric, the best. It
+    says how to rebuild model and data, so that ``litflora test --adapter FOLDER`` needs no more.
+    An existing folder is left alone: the new one is then ``adapter-v1`` and so on.
+
+    So that the gain can be told, the whole validation set is evaluated before training, in the
+    place of Lightning's sanity check.
+    """
+
+    def __init__(self) -> None:
+        self.before: float | None = None
+        self.message = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Turns the sanity check into a validation of the start."""
+        self.before = None
+        if stage == "fit" and not trainer.fast_dev_run and trainer.ckpt_path is None:
+            trainer.num_sanity_val_steps = float("inf")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the metric of the start; a resumed run has brought its own."""
+        if trainer.ckpt_path is None:
+            self.before = _metric(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metric of the start, for a run that is resumed."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the metric of the start."""
+        self.before = state_dict["before"]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the folder."""
+        assert isinstance(pl_module, TuningModule)
+        folder = _fresh(log_dir(trainer) / "adapter")
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        after, best = _metric(trainer, pl_module), _best(trainer)
+        metadata = _metadata(trainer, pl_module)
+        if best is None:
+            save(pl_module.net, folder, metadata=metadata)
+        else:
+            after = float(best.best_model_score)
+            _save_best(pl_module, best.best_model_path, folder, metadata)
+        name = best.monitor if best is not None else pl_module.monitor
+        self.message = _message(folder, name, self.before, after, metadata.get("data"), best)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Says where the folder is, after the progress bar has gone."""
+        if self.message:
+            print(self.message)
+        self.message = ""
+
+
+def _metric(trainer: Trainer, pl_module: TuningModule) -> float | None:
+    value = trainer.callback_metrics.get(pl_module.monitor)
+    return None if value is None else float(value)
+
+
+def _fresh(folder: Path) -> Path:
+    version, fresh = 0, folder
+    while fresh.exists():
+        version += 1
+        fresh = folder.with_name(f"{folder.name}-v{version}")
+    return fresh
+
+
+def _best(trainer: Trainer) -> ModelCheckpoint | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return callback
+    return None
+
+
+def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str, Any]) -> None:
+    frozen = module.frozen_keys()
+    last = {key: v.clone() for key, v in module.state_dict().items() if key not in frozen}
+    best = torch.load(path, map_location=module.device, weights_only=True)
+    module.load_state_dict(best["state_dict"])
+    save(module.net, folder, metadata=metadata)
+    module.load_state_dict(last)  # fit leaves the last weights in the module, as always
+
+
+def _metadata(trainer: Trainer, module: TuningModule) -> dict[str, Any]:
+    metadata = {
+        "task": module.task,
+        "model": module.description(),
+        "class_names": module.class_names,
+        "img_size": module.img_size,
+    }
+    if getattr(trainer.datamodule, "hparams", None):
+        metadata["data"] = describe(trainer.datamodule, _DATA_PATHS)
+    return metadata
+
+
+def _message(
+    folder: Path,
+    metric: str,
+    before: float | None,
+    after: float | None,
+    data: dict[str, Any] | None,
+    best: ModelCheckpoint | None,
+) -> str:
+    megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    name, weights = shlex.quote(str(folder)), "last" if best is None else "best"
+    lines = ["", f"adapter  {folder} ({megabytes:.2f} MB, the {weights} weights)"]
+    if after is not None:
+        told = "" if before is None else f"{before:.4f} before tuning, "
+        lines.append(f"{metric:8} {told}{after:.4f} after")
+    if data is not None:
+        photos = "predict_root" in data["init_args"]  # others predict their own test images
+        where = " --data.init_args.predict_root FOLDER" if photos else ""
+        lines += [
+            f"test     litflora test --adapter {name}",
+            f"predict  litflora predict --adapter {name}{where}",
+        ]
+    lines.append(f"merge    litflora merge {name} --out merged.safetensors")
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""PredictionWriter: the predictions for a folder of images, as a table."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ._files import log_dir, replacing
+
+Row = tuple[str, list[float]]
+
+
+class PredictionWriter(Callback):
+    """Writes ``predictions.csv`` into the log folder at the end of predict.
+
+    Each row holds the path of an image, the name of the likeliest class, and the probability of
+    every class under its name.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets earlier predictions."""
+        self.rows = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps a batch's paths and probabilities."""
+        self.rows.extend(zip(outputs["paths"], outputs["probs"].tolist(), strict=True))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the rows of all processes."""
+        path = log_dir(trainer) / "predictions.csv"
+        rows = _gathered(self.rows, trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        names = pl_module.class_names
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["path", "predicted", *names])
+            for image, probs in rows:
+                predicted = names[probs.index(max(probs))]
+                table.writerow([image, predicted, *(f"{p:.6f}" for p in probs)])
+        print(f"{len(rows)} predictions are in {path}")
+
+
+def _gathered(rows: list[Row], trainer: Trainer) -> list[Row]:
+    if trainer.world_size == 1:
+        return rows
+    parts: list[list[Row]] = [[] for _ in range(trainer.world_size)]
+    dist.all_gather_object(parts, rows)
+    return sorted(row for part in parts for row in part)

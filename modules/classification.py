@@ -1,0 +1,198 @@
+"""ClassificationModule: images to one of several classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+)
+from torchvision.transforms import v2
+
+from . import backbones
+from .adapters import Tuning, read_config
+from .module import TuningModule, unit_range
+from .optim import OneCycle
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ClassificationModule(TuningModule):
+    """Tunes a timm backbone to tell classes of images apart.
+
+    It logs ``train/loss`` and, for validation and test, ``loss``, top-1 accuracy ``acc``, ``top5``,
+    the mean F1 of the classes ``f1``, and the expected calibration error ``ece``.
+
+    Attributes:
+        class_names: Names of the classes; their numbers if none are given.
+    """
+
+    task: ClassVar[str] = "classification"
+    monitor: ClassVar[str] = "val/acc"
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        weights: str | None = "pretrained",
+        tuning: Tuning | None = None,
+        img_size: int | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=0.05),
+        lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        head_lr: float | None = None,
+        layer_decay: float | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
+
+        Args:
+            backbone: A timm model name, or ``convnext_shapes``.
+            num_classes: Number of classes; the command line takes it from the data.
+            class_names: Names of the classes, in order; the command line takes them from the data.
+            weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None.
+            tuning: What is trained; None is ``FLoRA()``. If it names no targets, the layers that
+                suit the backbone are adapted.
+            img_size: Side of the images in pixels; None is the backbone's own.
+            adapter: Folder of a saved adapter to start from, in place of ``tuning``.
+            optimizer: Makes the optimizer from parameter groups.
+            lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            head_lr: Learning rate of the head; None is the optimizer's.
+            layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            label_smoothing: Share of each label that is spread over all classes.
+            class_weights: Weight of each class in the loss.
+            mixup: Alpha of mixup; 0 is none. With cutmix, each batch gets one or the other.
+            cutmix: Alpha of cutmix; 0 is none.
+        """
+        super().__init__(
+            weights=weights,
+            tuning=tuning,
+            adapter=adapter,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            head_lr=head_lr,
+            layer_decay=layer_decay,
+        )
+        if num_classes < 2:
+            raise ValueError(f"classification needs at least 2 classes, not {num_classes}")
+        self.backbone = backbone
+        self.img_size = img_size
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        _check_length("class_names", class_names, num_classes)
+        _check_length("class_weights", class_weights, num_classes)
+        self.class_names = _class_names(class_names, num_classes, adapter)
+        weight = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weight, persistent=False)
+        self.mix = _mixing(mixup, cutmix, num_classes)
+        metrics = _metrics(num_classes)
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+
+    def build(self) -> nn.Module:
+        """Makes the timm model."""
+        return backbones.create(self.backbone, self.weights, self.num_classes, self.img_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images that are uint8 or floats in [0, 1], not normalised."""
+        assert self.net is not None, "call configure_model() first"
+        return self.net(self.normalize(images))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch, mixed if asked."""
+        images, labels = batch
+        if self.mix is not None:
+            images, labels = self.mix(unit_range(images), labels)
+        loss = self._loss(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the validation metrics."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Updates the test metrics; returns ``probs`` and ``labels`` for callbacks."""
+        return self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
+        """Returns the ``paths`` of the images and the ``probs`` of the classes."""
+        images, paths = batch
+        return {"paths": list(paths), "probs": self(images).float().softmax(-1)}
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weight, smoothing = self.class_weights, self.label_smoothing
+        return F.cross_entropy(logits.float(), labels, weight=weight, label_smoothing=smoothing)
+
+    def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = self(images).float()
+        loss = F.cross_entropy(logits, labels)
+        self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True)
+        probs = logits.softmax(-1)
+        metrics.update(probs, labels)
+        for name, metric in metrics.items():
+            self.log(name, metric, prog_bar=name.endswith("/acc"), batch_size=len(images))
+        return {"probs": probs, "labels": labels}
+
+
+def _metrics(num_classes: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "acc": MulticlassAccuracy(num_classes, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            "f1": MulticlassF1Score(num_classes, average="macro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+        },
+        # Groups are guessed from the first batch: if it is all right, top5 would follow acc.
+        compute_groups=False,
+    )
+
+
+def _mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
+    kinds = [
+        kind(alpha=alpha, num_classes=num_classes)
+        for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        if alpha > 0
+    ]
+    if not kinds:
+        return None
+    return v2.RandomChoice(kinds) if len(kinds) > 1 else kinds[0]
+
+
+def _check_length(name: str, values: Sequence[Any] | None, num_classes: int) -> None:
+    if values is not None and len(values) != num_classes:
+        raise ValueError(f"{name} has {len(values)} entries, and there are {num_classes} classes")
+
+
+def _class_names(given: list[str] | None, num_classes: int, adapter: str | None) -> list[str]:
+    """The names given, the saved adapter's, or numbers; raises if the first two differ."""
+    saved = None if adapter is None else read_config(adapter).get("metadata", {}).get("class_names")
+    if given is None and saved is not None and len(saved) == num_classes:
+        return saved
+    names = given or [str(i) for i in range(num_classes)]
+    if saved is not None and saved != names:
+        raise ValueError(
+            f"adapter {adapter} knows {_shown(saved)}, and the data has {_shown(names)}.\n"
+            "Use data with the adapter's classes in its order, or tune anew without an adapter"
+        )
+    return names
+
+
+def _shown(names: list[str]) -> str:
+    more = ", ..." if len(names) > 4 else ""
+    return f"{len(names)} classes ({', '.join(names[:4])}{more})"

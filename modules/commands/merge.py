@@ -1,0 +1,70 @@
+"""`litflora merge`: an adapter and its base as one file that plain timm loads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..classification import ClassificationModule
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the adapter, the file to write and where the base may have moved."""
+    parser.add_argument("adapter", type=Path, help="folder that a fit has saved")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--weights", help="base weights, if they are not where the fit found them")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merges, writes the file and says how to load it."""
+    if args.out.exists() and not args.force:
+        raise FileExistsError(f"{args.out} exists already: give another name, or --force")
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {args.out.parent} to write to: make it first")
+
+    from safetensors.torch import save
+
+    from ..adapters import merge
+    from ..module import from_adapter
+
+    module = from_adapter(args.adapter, **({"weights": args.weights} if args.weights else {}))
+    module.configure_model()
+    report = merge(module.net, unload=True)
+    state = {key: value.contiguous() for key, value in module.net.state_dict().items()}
+    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(save(state, metadata=_header(module)))
+        os.replace(temporary, args.out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{report}\n{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, loads without litflora:")
+    print(f"    {_call(module)}.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
+
+
+def _header(module: ClassificationModule) -> dict[str, str]:
+    """What a person needs to use the weights; safetensors keeps strings only."""
+    return {
+        "format": "pt",
+        "architecture": module.backbone,
+        "class_names": json.dumps(module.class_names),
+        "mean": json.dumps(module.mean.flatten().tolist()),
+        "std": json.dumps(module.std.flatten().tolist()),
+    }
+
+
+def _call(module: ClassificationModule) -> str:
+    """The call of plain timm that makes the network which the file fits."""
+    options: dict[str, Any] = {"num_classes": module.num_classes}
+    if module.img_size is not None and hasattr(module.net, "set_input_size"):
+        options["img_size"] = module.img_size  # the position embeddings have this size
+    maker = f"timm.create_model({module.backbone!r}, "
+    if module.backbone == "convnext_shapes":  # timm knows the class, not this size of it
+        from ..backbones.embedded import CONVNEXT_SHAPES
+
+        maker, options = "timm.models.ConvNeXt(", {**CONVNEXT_SHAPES, **options}
+    return maker + ", ".join(f"{key}={value!r}" for key, value in options.items()) + ")"

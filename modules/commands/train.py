@@ -1,0 +1,253 @@
+"""`litflora fit | validate | test | predict`: LightningCLI with recipes by name and `--adapter`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import warnings
+from argparse import SUPPRESS, Action
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from .. import classification, datamodules
+from ..module import TuningModule
+from . import recipes
+from .mistakes import explain
+
+# jsonargparse knows a class by its short name once it has been imported.
+SHORT_NAMES = (
+    classification.ClassificationModule,
+    *(getattr(datamodules, name) for name in datamodules.__all__),
+)
+
+# ${...} in a recipe counts from the file's root, not from the subcommand it is parsed under.
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+# What Lightning says of every run, whatever the person did.
+_CHATTER = (
+    ".*isinstance.treespec, LeafSpec",
+    ".*args parameter is intended to run from within Python",
+    ".*smaller than the logging interval",
+    ".*does not have many workers",
+)
+
+
+class RecipeAction(ActionConfigFile):
+    """``--config`` that takes a file, the name of a shipped recipe, or YAML itself."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Finds the recipe; what goes wrong inside it says which it was."""
+        try:
+            config = values if _inline(values) else str(recipes.find(values))
+            super().__call__(parser, cfg, config, option_string)
+        except (TypeError, argparse.ArgumentError) as error:
+            if not _inline(values):
+                error.add_note(values)
+            raise
+
+
+class AdapterAction(Action):
+    """``--adapter`` that brings the model and data a saved adapter was trained with."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Applies the folder's metadata like a config file: what comes later overrides it."""
+        config, parser.saved_classes = adapter_config(values)
+        ActionConfigFile.apply_config(parser, cfg, "config", json.dumps(config))
+
+
+def adapter_config(folder: str) -> tuple[dict[str, Any], list[str]]:
+    """The model and data of a saved adapter, as a config, and the names of its classes.
+
+    Raises:
+        ValueError: If the adapter was not saved by a litflora run.
+    """
+    from ..adapters import read_config
+
+    metadata = read_config(folder).get("metadata") or {}
+    if "model" not in metadata:
+        raise ValueError(
+            f"{folder} does not say which model and data it was trained with: it was not saved by "
+            "`litflora fit`\ngive them by --config and the folder by --model.init_args.adapter"
+        )
+    model = metadata["model"]
+    model["init_args"] = {**model["init_args"], "adapter": str(folder)}
+    config = {key: metadata[key] for key in ("model", "data") if metadata.get(key)}
+    return config, metadata.get("class_names", [])
+
+
+class RecipeParser(LightningArgumentParser):
+    """LightningCLI's parser with recipe names; abbreviated options are typing errors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+        self.saved_classes: list[str] = []  # those of the adapter that --adapter names
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Swaps in the action that knows recipes."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = RecipeAction
+            kwargs["help"] = "A YAML file or a shipped recipe's name; later ones override."
+        return super().add_argument(*args, **kwargs)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the config where the run has a folder to itself."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves once, and never over another run's config."""
+        if own_folder(trainer) is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+class LitFloraCLI(LightningCLI):
+    """LightningCLI for one command, with what all recipes share as defaults.
+
+    Args:
+        command: "fit", "validate", "test" or "predict"; None builds model and data alone.
+        args: What follows on the command line.
+    """
+
+    def __init__(self, command: str | None, args: list[str]) -> None:
+        self.command = command
+        super().__init__(
+            TuningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            trainer_defaults=trainer_defaults(command, args),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=RecipeParser,
+            parser_kwargs={"prog": "litflora", "parser_mode": "omegaconf+", "exit_on_error": False},
+            args=[command, *args] if command else args,
+            run=command is not None,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """The command asked for: parsers for all would make every start slower."""
+        return {self.command: LightningCLI.subcommands()[self.command]} if self.command else {}
+
+    def add_arguments_to_parser(self, parser: RecipeParser) -> None:
+        """The data tell the model its classes; photos without labels leave it to the adapter."""
+        classes = {
+            "num_classes": lambda told: told or len(parser.saved_classes),
+            "class_names": lambda told: told or parser.saved_classes,
+        }
+        for key, compute in classes.items():
+            target = f"model.init_args.{key}"
+            parser.link_arguments(f"data.{key}", target, compute, apply_on="instantiate")
+        if self.command != "fit":
+            told = "Folder of a saved adapter: brings the model and data it was trained with."
+            parser.add_argument("--adapter", action=AdapterAction, default=SUPPRESS, help=told)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer | None:
+        """Adds the callbacks that every run has, unless the recipe brings or bans its own."""
+        if self.command is None:
+            return None
+        config = self.config_init[self.command].trainer
+        self.trainer_defaults["callbacks"] = default_callbacks(config)
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        folder = own_folder(self.trainer) if self.trainer.is_global_zero else None
+        with removed_on_mistake(folder):
+            super()._run_subcommand(subcommand)
+
+
+def run(command: str, args: list[str]) -> None:
+    """Runs fit, validate, test or predict."""
+    _quieten()
+    LitFloraCLI(command, args)
+
+
+def build(args: list[str]) -> tuple[TuningModule, LightningDataModule]:
+    """Builds the model and data that ``args`` describe, and runs nothing."""
+    _quieten()
+    cli = LitFloraCLI(None, args)
+    cli.model.configure_model()
+    return cli.model, cli.datamodule
+
+
+def _quieten() -> None:
+    for chatter in _CHATTER:
+        warnings.filterwarnings("ignore", message=chatter)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def trainer_defaults(command: str | None, args: list[str]) -> dict[str, Any]:
+    """Runs go to ``runs/<recipe, or command>/version_N``, with a CSV log."""
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "${...default_root_dir}", "name": _first_config(args) or command},
+    }
+    return {"default_root_dir": "runs", "logger": logger, "log_every_n_steps": 10}
+
+
+def _first_config(args: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    for config in parser.parse_known_args(args)[0].config:
+        if not _inline(config):
+            return Path(config).stem if Path(config).is_file() else config.removesuffix(".yaml")
+    return None
+
+
+def _inline(config: str) -> bool:
+    return any(mark in config for mark in ("{", "\n", ": "))
+
+
+def default_callbacks(trainer: Any) -> list[Callback]:
+    """What every run has; the progress bar unless there is another or none is wanted."""
+    from .. import callbacks
+
+    found: list[Callback] = []
+    shown = trainer.enable_progress_bar is not False and not trainer.barebones
+    if shown and not any(isinstance(each, ProgressBar) for each in trainer.callbacks or ()):
+        found.append(callbacks.RateProgressBar())  # first, so that it is gone when others print
+    return [
+        *found,
+        callbacks.AdapterFolder(),
+        callbacks.ConfusionMatrix(),
+        callbacks.PredictionWriter(),
+    ]
+
+
+def own_folder(trainer: Trainer) -> Path | None:
+    """The folder that this run has to itself; other loggers share theirs, or have none."""
+    logger = trainer.logger
+    return Path(logger.log_dir) if isinstance(logger, CSVLogger | TensorBoardLogger) else None
+
+
+@contextmanager
+def removed_on_mistake(folder: Path | None) -> Iterator[None]:
+    """Leaves no run folder behind if a mistake ends a run before its first checkpoint."""
+    if folder is None:
+        yield
+        return
+    if (folder / "config.yaml").exists():
+        raise FileExistsError(
+            f"{folder} holds an earlier run: change or drop trainer.logger.init_args.version"
+        )
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except Exception as error:
+        if explain(error) and folder in missing and not list(folder.rglob("*.ckpt")):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in missing[1:]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        raise

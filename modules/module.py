@@ -1,0 +1,269 @@
+"""TuningModule: what every LightningModule of litflora shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jsonargparse
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import AdamW
+
+from . import adapters
+from .adapters import FLoRA, Tuning, inject, load, read_config
+from .backbones import default_targets, normalization
+from .heads import classifier_names
+from .optim import OneCycle, build_optimizer, scheduler_config
+
+# Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
+# command line, since load_from_checkpoint parses a module's arguments too.
+jsonargparse.set_parsing_settings(subclasses_enabled=[Tuning])
+
+# The command line gives plain values for these, Python gives functions.
+_FACTORIES = ("optimizer", "lr_scheduler")
+# What can stand for weights without being a path.
+_TAGS = ("pretrained", "embedded")
+
+
+class TuningModule(LightningModule):
+    """A pretrained network that is tuned in part.
+
+    A task derives from it, makes its network in ``build``, and adds forward, loss and metrics.
+    The network exists after ``configure_model``, which the Trainer calls.
+
+    Checkpoints hold what training changed: a frozen base is read again from its ``weights``. If the
+    module was made in Python they hold no optimizer or schedule, which are functions: give
+    ``load_from_checkpoint`` those again to train on.
+
+    Attributes:
+        task: Name of the task.
+        monitor: The metric that says how good the model is.
+        net: The network, None before ``configure_model``.
+    """
+
+    task: ClassVar[str]
+    monitor: ClassVar[str] = "val/loss"
+    net: nn.Module | None
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        weights: str | None = "pretrained",
+        tuning: Tuning | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=0.05),
+        lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        head_lr: float | None = None,
+        layer_decay: float | None = None,
+    ) -> None:
+        """Keeps the settings; nothing is built yet.
+
+        Args:
+            weights: Weights of the base, see `litflora.backbones.create`.
+            tuning: What is trained; None is ``FLoRA()``. If it names no targets, the layers that
+                suit the backbone are adapted.
+            adapter: Folder of a saved adapter to start from, in place of ``tuning``.
+            optimizer: Makes the optimizer from parameter groups.
+            lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            head_lr: Learning rate of the head; None is the optimizer's.
+            layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+        """
+        super().__init__()
+        self.weights = weights
+        self.tuning = FLoRA() if tuning is None else tuning
+        self.adapter = adapter
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = lr_scheduler
+        self.head_lr = head_lr
+        self.layer_decay = layer_decay
+        self.net = None
+        self._seed: int | None = None
+        self.strict_loading = False  # checkpoints are partial; load_state_dict does the checking
+        self.save_hyperparameters()
+        if "_instantiator" not in self.hparams:  # made in Python, not by the command line
+            self._save_plain_hyperparameters()
+
+    def build(self) -> nn.Module:
+        """Makes the network with its base weights, before any tuning."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Builds the network and puts the tuning or the saved adapter into it, once."""
+        if self.net is not None:
+            return
+        net = self.build()
+        heads = classifier_names(net)
+        if self.adapter is None:
+            inject(net, _with_targets(self.tuning, net), train=heads)
+        else:
+            load(net, self.adapter)
+            for head in heads:  # other libraries' adapters may come without one
+                net.get_submodule(head).requires_grad_(True)
+        if self.weights is None and not all(p.requires_grad for p in net.parameters()):
+            rank_zero_warn("weights is null: the frozen base is random, and no run can remake it")
+        mean, std = normalization(net)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.net = net
+        self.train(self.training)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Brings uint8 images, or floats in [0, 1], to what the base was trained on."""
+        return ((unit_range(images) - self.mean) / self.std).to(self.mean.dtype)
+
+    def train(self, mode: bool = True) -> TuningModule:
+        """Sets the mode of all modules but frozen batch norms, which keep their statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and not _trains(module):
+                module.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over adapters, head and whatever else trains."""
+        assert self.net is not None
+        heads = classifier_names(self.net)
+        optimizer = build_optimizer(
+            self.optimizer_factory, self.net, heads, self.head_lr, self.layer_decay
+        )
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        total_steps = self.trainer.estimated_stepping_batches
+        config = scheduler_config(scheduler, total_steps, self.monitor)
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_train_start(self) -> None:
+        """Takes the seed of the run, unless a checkpoint has brought one."""
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**62
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds every epoch, so that a resumed run draws the same numbers.
+
+        Lightning makes the loader's iterator earlier when it resumes: continuing from a saved
+        state of the generator would be off by what that draws.
+        """
+        if batch_idx == 0:
+            assert self._seed is not None
+            torch.manual_seed(hash((self._seed, self.current_epoch, self.global_rank)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops the frozen base, which is read again from its file."""
+        frozen, state = self.frozen_keys(), checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: v for key, v in state.items() if key not in frozen}
+        checkpoint["seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over the seed of the run."""
+        self._seed = checkpoint.get("seed")
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a full or a partial state; only frozen parameters may be missing from it."""
+        own = {key: value.shape for key, value in self.state_dict().items()}
+        missing = own.keys() - state_dict.keys() - self.frozen_keys()
+        unexpected = state_dict.keys() - own.keys()
+        reshaped = [k for k in own.keys() & state_dict.keys() if own[k] != state_dict[k].shape]
+        problems = {"lacks": missing, "does not expect": unexpected, "differs at": reshaped}
+        told = [f"{verb} {min(keys)} ({len(keys)})" for verb, keys in problems.items() if keys]
+        if told:
+            raise ValueError(
+                f"the checkpoint was made with another backbone, tuning or number of classes: "
+                f"{'; '.join(told)}"
+            )
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def description(self) -> dict[str, Any]:
+        """Class path and plain arguments that make this module again, paths made absolute."""
+        described = describe(self, () if self.weights in _TAGS else ("weights",))
+        described["init_args"].pop("adapter")  # a saved adapter stands for itself
+        return described
+
+    def frozen_keys(self) -> set[str]:
+        """Keys of the frozen base, if it can be read again."""
+        if self.weights is None:
+            return set()
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, p in named if not p.requires_grad and ".adapters." not in name}
+
+    def _save_plain_hyperparameters(self) -> None:
+        plain = {key: _plain(value) for key, value in self.hparams.items()}
+        plain["_class_path"] = _path_of(type(self))
+        plain["_instantiator"] = _path_of(instantiate_module)
+        self.save_hyperparameters(plain, ignore=_FACTORIES)
+
+
+def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
+    """Makes the module that a saved adapter belongs to, from the adapter's folder alone.
+
+    Args:
+        folder: The adapter's folder, as written at the end of a fit.
+        overrides: Arguments of the module that differ from the saved ones, such as ``weights``
+            when the base has moved.
+    """
+    saved = read_config(folder).get("metadata", {}).get("model")
+    if saved is None:
+        raise ValueError(
+            f"adapter {folder} does not say which model it belongs to: it was not saved by a fit"
+        )
+    module, _, name = saved["class_path"].rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    if not (isinstance(cls, type) and issubclass(cls, TuningModule)):  # a stranger's file named it
+        raise ValueError(f"adapter {folder} belongs to {saved['class_path']}, no litflora module")
+    return instantiate_module(cls, {**saved["init_args"], "adapter": str(folder), **overrides})
+
+
+def describe(module: Any, paths: tuple[str, ...]) -> dict[str, Any]:
+    """Class path and init arguments of anything with ``hparams``.
+
+    Args:
+        module: A LightningModule or LightningDataModule that saves its hyper-parameters.
+        paths: Names of the arguments that may hold a path, to be made absolute.
+    """
+    init_args = {k: _plain(v) for k, v in module.hparams.items() if not k.startswith("_")}
+    for key in paths:
+        if init_args.get(key) is not None and os.path.exists(init_args[key]):
+            init_args[key] = os.path.abspath(init_args[key])
+    return {"class_path": _path_of(type(module)), "init_args": init_args}
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Images as floats in [0, 1]; floats are taken to be so already."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def _with_targets(tuning: Tuning, net: nn.Module) -> Tuning:
+    if getattr(tuning, "targets", ()) is not None:
+        return tuning
+    return dataclasses.replace(tuning, targets=default_targets(net, tuning))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _path_of(thing: Any) -> str:
+    public = getattr(adapters, thing.__name__, None) is thing  # not where it happens to be defined
+    module = adapters.__name__ if public else thing.__module__
+    return f"{module}.{thing.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tuning):
+        settings = dataclasses.asdict(value)
+        for key in ("targets", "exclude"):
+            named = settings.get(key)
+            if any(isinstance(t, type) for t in (named if isinstance(named, list) else [named])):
+                raise ValueError(f"{key}: a checkpoint holds no classes; give a keyword or a glob")
+        return {"class_path": _path_of(type(value)), "init_args": settings}
+    return str(value) if isinstance(value, Path) else value

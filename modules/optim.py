@@ -1,0 +1,138 @@
+"""Optimisation of a partly frozen network: parameter groups and a one-cycle schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from timm.models import group_parameters
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from .adapters import trainable_parameters
+
+
+class OneCycle(LRScheduler):
+    """A cosine rise to each group's own learning rate, and a cosine fall, step by step.
+
+    It is torch's OneCycleLR with the peaks taken from the optimizer, so that the head's rate and
+    layer-wise decay keep their ratios, and the momenta left alone.
+
+    Args:
+        optimizer: Its groups' learning rates are the peaks.
+        warmup: Share of the run spent rising.
+        start: First learning rate, as a share of the peak.
+        end: Last learning rate, as a share of the peak.
+        total_steps: Length of the run; `TuningModule` fills in the Trainer's if it is None.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.3,
+        start: float = 0.04,
+        end: float = 4e-6,
+        total_steps: int | None = None,
+    ) -> None:
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"warmup is the share of the run spent rising, not {warmup}")
+        self.warmup, self.start, self.end = warmup, start, end
+        self.total_steps = total_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The learning rates of this step."""
+        return [peak * self._factor() for peak in self.base_lrs]
+
+    def _factor(self) -> float:
+        if self.last_epoch == 0:  # the only step before the length of the run is known
+            return self.start if self.warmup else 1.0
+        if self.total_steps is None:
+            raise ValueError("OneCycle needs total_steps outside a TuningModule")
+        last = max(self.total_steps - 1, 1)
+        step, peak = min(self.last_epoch, last), max(self.warmup * self.total_steps - 1, 0.0)
+        if step < peak:
+            return _cosine(self.start, 1.0, step / peak)
+        return _cosine(1.0, self.end, (step - peak) / max(last - peak, 1e-9))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the length of the run, which belongs to the Trainer that resumes."""
+        return {key: v for key, v in super().state_dict().items() if key != "total_steps"}
+
+
+def _cosine(first: float, last: float, share: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+def build_optimizer(
+    factory: Callable[[Iterable[dict[str, Any]]], Optimizer],
+    net: nn.Module,
+    heads: Sequence[str],
+    head_lr: float | None = None,
+    layer_decay: float | None = None,
+) -> Optimizer:
+    """Builds an optimizer over what trains in ``net``, in groups.
+
+    Adapters are not decayed, nor are biases and the scales of norms. The learning rate of a layer
+    ``d`` layers below the head is multiplied by ``layer_decay ** d``, adapters included.
+
+    Args:
+        factory: Makes the optimizer from parameter groups.
+        net: A timm model, some of whose parameters train.
+        heads: Names of the classifier modules.
+        head_lr: Learning rate of the head; None is the optimizer's.
+        layer_decay: Ratio of the rates of neighbouring layers; None is 1.
+    """
+    scale = _layer_scales(net, layer_decay)
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    trained = trainable_parameters(net)
+    for name, parameter in {**trained["adapters"], **trained["other"]}.items():
+        kind = _kind(name, heads, name in trained["adapters"])
+        decays = kind != "adapters" and parameter.ndim > 1
+        factor = 1.0 if kind == "head" else scale.get(name, 1.0)
+        label = kind if decays or kind == "adapters" else f"{kind}_1d"
+        group = groups.setdefault((label, factor), {"params": [], "name": _label(label, factor)})
+        group["params"].append(parameter)
+        if not decays:
+            group["weight_decay"] = 0.0
+    if not groups:
+        raise ValueError("nothing trains: the tuning leaves every parameter frozen")
+    optimizer = factory(list(groups.values()))
+    for (label, factor), group in zip(groups, optimizer.param_groups, strict=True):
+        group["lr"] *= factor
+        if head_lr is not None and label.startswith("head"):
+            group["lr"] = head_lr
+    return optimizer
+
+
+def scheduler_config(
+    scheduler: LRScheduler | ReduceLROnPlateau, total_steps: float, monitor: str
+) -> dict[str, Any]:
+    """Tells Lightning when to step: cycles at every batch, others at every epoch."""
+    if isinstance(scheduler, OneCycle) and scheduler.total_steps is None:
+        if not math.isfinite(total_steps):
+            raise ValueError("OneCycle needs the length of the run: set trainer.max_epochs")
+        scheduler.total_steps = int(total_steps)
+    by_step = isinstance(scheduler, OneCycle | OneCycleLR | CyclicLR)
+    interval = "step" if by_step else "epoch"
+    return {"scheduler": scheduler, "interval": interval, "monitor": monitor}
+
+
+def _kind(name: str, heads: Sequence[str], adapter: bool) -> str:
+    if adapter:
+        return "adapters"
+    return "head" if any(name.startswith(f"{head}.") for head in heads) else "base"
+
+
+def _label(label: str, factor: float) -> str:
+    return label if factor == 1.0 else f"{label}_x{factor:.3g}"
+
+
+def _layer_scales(net: nn.Module, layer_decay: float | None) -> dict[str, float]:
+    if layer_decay is None:
+        return {}
+    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    deepest = max(layers.values())
+    return {name: layer_decay ** (deepest - layer) for name, layer in layers.items()}

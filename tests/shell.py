@@ -1,0 +1,83 @@
+"""The command line as the tests of it use it: in process, with small photos and a small base."""
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from litflora.cli import main
+
+CLASSES = ("ant", "bee", "cat")
+QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
+SMALL = (*QUIET, "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1")
+BACKBONE = "test_vit"
+SIDE = 32
+
+
+@dataclass
+class Result:
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def litflora(*args: object) -> Result:
+    """Runs a command in this process. Warnings go to stderr, as they do in a process of its own."""
+    out, err = io.StringIO(), io.StringIO()
+    to_strings = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with to_strings[0], to_strings[1], warnings.catch_warnings():
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as stop:  # --help and --version
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def make_photos(root: Path, classes: tuple[str, ...] = CLASSES, count: int = 4) -> Path:
+    """Writes ``train/<class>`` and ``test/<class>``, a colour for each class."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = noise.integers(0, 100, (SIDE, SIDE, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 120
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return root
+
+
+def make_base(path: Path, seed: int = 0) -> Path:
+    """Writes weights of the small backbone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_file(timm.create_model(BACKBONE, num_classes=5).state_dict(), path)
+    return path
+
+
+def photo_args(root: Path, base: Path) -> list[str]:
+    """Options that make a recipe for photos small."""
+    options = {
+        "model.init_args.backbone": BACKBONE,
+        "model.init_args.weights": base,
+        "model.init_args.img_size": SIDE,
+        "data.init_args.root": root,
+        "data.init_args.img_size": SIDE,
+        "data.init_args.num_workers": 0,
+        "data.init_args.batch_size": 4,
+    }
+    return [str(each) for key, value in options.items() for each in (f"--{key}", value)]
+
+
+def files_below(folder: Path) -> set[str]:
+    """The files and folders below a folder, by relative path."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}

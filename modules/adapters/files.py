@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ def save(
         raise AdapterError(f"format must be 'litflora' or 'peft', not {format!r}")
     deltas = _deltas(model, name)
     trained = _trained(model)
-    if not deltas and not trained:
+    if not deltas and not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(f"nothing to save: no adapter {name!r} and no parameter that trains")
     if format == "peft":
         from .peft_format import to_peft
@@ -376,5 +377,6 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
         if "peft_type" not in config:
             config = {**config, "checksum": _checksum(weights, config)}
         text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(text, weights)  # safetensors makes its file readable by the owner alone
         os.replace(weights, folder / WEIGHTS)
         os.replace(text, folder / CONFIG)

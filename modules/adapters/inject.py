@@ -113,8 +113,10 @@ def attach(model: nn.Module, name: str, planned: Sequence[Planned]) -> None:
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raises unless ``name`` can be the name of a new adapter of ``model``."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(AdapterSet(), name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdapterError(f"an adapter cannot be called {name!r}: use letters, digits, _ and -")
+    if hasattr(AdapterSet(), name):
+        raise AdapterError(f"an adapter cannot be called {name!r}: the name is reserved")
     if name in adapter_names(model):
         raise AdapterError(
             f"the model has an adapter {name!r} already: delete it or take another name"

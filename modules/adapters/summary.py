@@ -143,12 +143,22 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
             result.adapter_params += size
         else:
             result.total += size
-    result.warnings = [
+    result.warnings = ([] if example is None else _unused(result, seen)) + [
         f"{row.layer}: its delta has {row.params:,} parameters, its weight {row.full_params:,}"
         for row in result.rows
         if row.params > row.full_params
     ]
     return result
+
+
+def _unused(summary: Summary, seen: dict[str, int]) -> list[str]:
+    """Layers that a forward passed by: some models read ``layer.weight`` and never call it."""
+    called = [row for row in summary.rows if row.kind not in ("attention", "parameter")]
+    return [
+        f"{row.layer} was not called in the forward: its delta has no effect. Exclude it"
+        for row in called
+        if row.layer not in seen
+    ]
 
 
 def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
@@ -163,11 +173,22 @@ def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
         return tensor
 
     args = example if isinstance(example, tuple) else (example,)
-    with _counting_rows(model) as seen, torch.enable_grad():
+    with _counting_rows(model) as seen, _untouched(model), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model(*args)
         del output
     return sum(t.untyped_storage().nbytes() for t in kept.values()), seen
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward in training moves: running statistics and random states."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 @contextmanager

@@ -29,26 +29,26 @@ class AdapterFolder(Callback):
     """
 
     def __init__(self) -> None:
-        self.before: float | None = None
+        self.before: dict[str, float] = {}
         self.message = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Turns the sanity check into a validation of the start."""
-        self.before = None
+        self.before = {}
         if stage == "fit" and not trainer.fast_dev_run and trainer.ckpt_path is None:
             trainer.num_sanity_val_steps = float("inf")
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the metric of the start; a resumed run has brought its own."""
+        """Keeps the metrics of the start; a resumed run has brought its own."""
         if trainer.ckpt_path is None:
-            self.before = _metric(trainer, pl_module)
+            self.before = _metrics(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The metric of the start, for a run that is resumed."""
+        """The metrics of the start, for a run that is resumed."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the metric of the start."""
+        """Takes over the metrics of the start."""
         self.before = state_dict["before"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,15 +57,16 @@ class AdapterFolder(Callback):
         folder = _fresh(log_dir(trainer) / "adapter")
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        after, best = _metric(trainer, pl_module), _best(trainer)
-        metadata = _metadata(trainer, pl_module)
+        metadata, best = _metadata(trainer, pl_module), _best(trainer)
         if best is None:
             save(pl_module.net, folder, metadata=metadata)
+            name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
         else:
-            after = float(best.best_model_score)
             _save_best(pl_module, best.best_model_path, folder, metadata)
-        name = best.monitor if best is not None else pl_module.monitor
-        self.message = _message(folder, name, self.before, after, metadata.get("data"), best)
+            name, after = best.monitor, float(best.best_model_score)
+        gain = (name, self.before.get(name), after)
+        weights = "last" if best is None else "best"
+        self.message = _message(folder, weights, gain, metadata.get("data"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
@@ -74,9 +75,8 @@ class AdapterFolder(Callback):
         self.message = ""
 
 
-def _metric(trainer: Trainer, pl_module: TuningModule) -> float | None:
-    value = trainer.callback_metrics.get(pl_module.monitor)
-    return None if value is None else float(value)
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _fresh(folder: Path) -> Path:
@@ -89,7 +89,7 @@ def _fresh(folder: Path) -> Path:
 
 def _best(trainer: Trainer) -> ModelCheckpoint | None:
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
             return callback
     return None
 
@@ -117,18 +117,17 @@ def _metadata(trainer: Trainer, module: TuningModule) -> dict[str, Any]:
 
 def _message(
     folder: Path,
-    metric: str,
-    before: float | None,
-    after: float | None,
+    weights: str,
+    gain: tuple[str, float | None, float | None],
     data: dict[str, Any] | None,
-    best: ModelCheckpoint | None,
 ) -> str:
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    name, weights = shlex.quote(str(folder)), "last" if best is None else "best"
     lines = ["", f"adapter  {folder} ({megabytes:.2f} MB, the {weights} weights)"]
+    metric, before, after = gain
     if after is not None:
         told = "" if before is None else f"{before:.4f} before tuning, "
         lines.append(f"{metric:8} {told}{after:.4f} after")
+    name = shlex.quote(str(folder))
     if data is not None:
         photos = "predict_root" in data["init_args"]  # others predict their own test images
         where = " --data.init_args.predict_root FOLDER" if photos else ""

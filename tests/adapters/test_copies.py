@@ -133,6 +133,7 @@ def test_conversion_after_injection(merged: bool) -> None:
     assert_close(y, expected, 1e-4)
     unmerge(model)
     for name, parameter in net().float().named_parameters():
+        assert model.get_parameter(name).dtype == torch.float32
         assert torch.equal(model.get_parameter(name), parameter), name
 
 

@@ -218,3 +218,21 @@ def test_the_table_shows_each_layer() -> None:
         assert f"{row.params:,}" in text
     assert len({len(line) for line in text.splitlines()[:2]}) <= 2
     assert max(map(len, text.splitlines())) < 140
+
+
+class ReadsWeights(nn.Module):
+    """As timm's EVA: the layer's weight is read and its forward passed by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_a_layer_that_is_passed_by_is_warned_of() -> None:
+    model = ReadsWeights()
+    inject(model, LoRA(targets="linear"))
+    (warning,) = summary(model, torch.randn(2, 64)).warnings
+    assert "read was not called" in warning

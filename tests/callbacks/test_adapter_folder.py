@@ -83,8 +83,8 @@ def test_the_metric_before_is_that_of_the_whole_validation_set(base, tmp_path, c
     torch.manual_seed(0)
     plain = module(base, tuning=FLoRA(rank=2))
     (metrics,) = trainer(tmp_path).validate(plain, Colours(), verbose=False)
-    assert before == metrics["val/acc"]
-    assert f"{before:.4f} before tuning" in capsys.readouterr().out
+    assert before == metrics
+    assert f"{before['val/acc']:.4f} before tuning" in capsys.readouterr().out
 
 
 def test_it_never_replaces_a_folder(base, tmp_path):
@@ -115,6 +115,14 @@ def test_the_best_weights_where_a_checkpoint_monitors(base, tmp_path, capsys):
     assert all(torch.equal(state[key], value) for key, value in expected.items())
     assert "the best weights" in capsys.readouterr().out
     assert not made.net.head.weight.any()  # the module keeps the last
+
+
+def test_the_gain_is_told_in_the_metric_that_is_monitored(base, tmp_path, capsys):
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", mode="min")
+    _, run = fit(base, tmp_path, best, enable_checkpointing=True)
+    before = next(c for c in run.callbacks if isinstance(c, AdapterFolder)).before["val/loss"]
+    said = f"val/loss {before:.4f} before tuning, {best.best_model_score:.4f} after"
+    assert said in capsys.readouterr().out
 
 
 def test_a_resumed_run_remembers_its_start(base, tmp_path):

@@ -1,4 +1,4 @@
-"""The engine in other people's code: a plain loop, and a LightningModule that knows nothing of it."""
+"""The engine in other people's code: a plain loop, and a LightningModule that knows it not."""
 
 import torch
 import torch.nn.functional as F

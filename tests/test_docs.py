@@ -1,0 +1,59 @@
+"""What README and docs show runs as it stands there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shell import litflora
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/engine.md", "docs/cli.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page, "python")
+    assert found
+    for block in found:
+        exec(compile(block, page, "exec"), {"__name__": "example"})
+
+
+def test_the_example_of_the_engine_in_other_code(tmp_path: Path) -> None:
+    """Somebody else's LightningModule and a plain loop, with nothing but the engine of litflora."""
+    example = ROOT / "docs" / "engine_example.py"
+    text = example.read_text()
+    assert set(re.findall(r"litflora[\w.]*", text)) == {"litflora.adapters"}
+    assert len([line for line in text.splitlines() if line.strip()]) <= 40
+    subprocess.run([sys.executable, example], check=True, cwd=tmp_path, capture_output=True)
+    names = {path.name for path in (tmp_path / "plain_adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def commands() -> list[str]:
+    """The commands on photos and adapters, which a test has not; others' tests run the rest."""
+    lines = [b.replace("\\\n", " ") for page in PAGES for b in blocks(page, "bash")]
+    return [line for b in lines for line in b.splitlines() if re.search("photos|adapter", line)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_lack_nothing_but_the_readers_files(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = litflora(*shlex.split(command)[1:])
+    assert result.code == 2
+    assert re.search("photos is no folder|is not an adapter folder", result.err), result.err
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"

@@ -103,6 +103,12 @@ class ClassificationModule(TuningModule):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
 
+    def setup(self, stage: str) -> None:
+        """Takes the names of the classes again: a first download is what brings some data's."""
+        names = getattr(self.trainer.datamodule, "class_names", None)
+        if names and len(names) == self.num_classes and self.adapter is None:
+            self.class_names = list(names)
+
     def build(self) -> nn.Module:
         """Makes the timm model."""
         return backbones.create(self.backbone, self.weights, self.num_classes, self.img_size)

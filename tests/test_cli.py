@@ -142,6 +142,18 @@ def test_merged_file_is_plain_timm_with_the_same_logits(adapter, workshop, tmp_p
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_tuning_without_deltas_merges_too(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos, base = workshop / "photos", workshop / "base.safetensors"
+    args = ("--config", RECIPE, "--config", "tuning/norm", *photo_args(photos, base), *SMALL)
+    assert litflora("fit", *args).code == 0
+    merged = litflora("merge", f"runs/{RECIPE}/version_0/adapter", "--out", "m.safetensors")
+    assert merged.code == 0, merged.err
+    state, before = load_file("m.safetensors"), load_file(base)
+    assert not torch.equal(state["norm.weight"], before["norm.weight"])
+    assert torch.equal(state["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+
+
 def test_merge_takes_a_base_that_has_moved(adapter, workshop, tmp_path):
     moved = tmp_path / "moved.safetensors"
     (workshop / "base.safetensors").rename(moved)

@@ -29,12 +29,13 @@ def run(args: argparse.Namespace) -> None:
 
     from safetensors.torch import save
 
-    from ..adapters import merge
+    from ..adapters import adapter_names, merge
     from ..module import from_adapter
 
     module = from_adapter(args.adapter, **({"weights": args.weights} if args.weights else {}))
     module.configure_model()
-    report = merge(module.net, unload=True)
+    # Full tuning and its like leave no delta: what they trained is in place already.
+    report = merge(module.net, unload=True) if adapter_names(module.net) else "nothing to merge"
     state = {key: value.contiguous() for key, value in module.net.state_dict().items()}
     temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:

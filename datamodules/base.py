@@ -81,6 +81,12 @@ class EpochSampler(DistributedSampler[int]):
         return (start + index for index in super().__iter__())
 
 
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raises if a number is too small to make sense."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
 def labelled(batch: list[Sample]) -> tuple[Tensor, Tensor]:
     """Collate samples to (images, labels)."""
     images, labels, _ = zip(*batch, strict=True)
@@ -116,6 +122,13 @@ class ClassificationDataModule(LightningDataModule):
         samples_per_class: int | None = None,
     ) -> None:
         super().__init__()
+        at_least = {
+            "batch_size": (batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "seed": (seed, 0),
+        }
+        for name, (value, least) in at_least.items():
+            check_at_least(name, value, least)
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.num_workers = num_workers

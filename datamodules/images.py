@@ -11,7 +11,7 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms import v2
 
-from .base import ClassificationDataModule, Samples
+from .base import ClassificationDataModule, Samples, check_at_least
 from .splits import hold_out
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -37,7 +37,7 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as reason:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as reason:
         raise ValueError(
             f"cannot read image {path} ({reason}); replace or remove it "
             "(check_images: true finds all such files before training)"
@@ -110,6 +110,7 @@ class ImageDataModule(ClassificationDataModule):
         predict_root: str | None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, samples_per_class)
+        check_at_least("img_size", img_size, 1)
         if not 0 < val_fraction < 0.5:
             raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 0.5")
         if predict_root is not None and not Path(predict_root).is_dir():

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .base import SPLITS, ClassificationDataModule, Samples
+from .base import SPLITS, ClassificationDataModule, Samples, check_at_least
 from .scenes import DOMAINS, KINDS, draw_scene, render
 
 
@@ -40,6 +40,7 @@ class ShapesDataModule(ClassificationDataModule):
         super().__init__(batch_size, num_workers, seed, samples_per_class)
         if domain not in DOMAINS:
             raise ValueError(f"domain {domain!r} is none of {', '.join(DOMAINS)}")
+        check_at_least("img_size", img_size, 8)
         if min(train_samples, val_samples, test_samples) < 1:
             raise ValueError("train_samples, val_samples and test_samples must be at least 1")
         self.domain = domain

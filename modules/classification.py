@@ -89,6 +89,12 @@ class ClassificationModule(TuningModule):
         )
         if num_classes < 2:
             raise ValueError(f"classification needs at least 2 classes, not {num_classes}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
+        if min(mixup, cutmix) < 0:
+            raise ValueError(f"mixup and cutmix must be 0 or more, not {mixup} and {cutmix}")
+        if class_weights is not None and not all(0 <= w < float("inf") for w in class_weights):
+            raise ValueError(f"class_weights must be finite and 0 or more, not {class_weights}")
         self.backbone = backbone
         self.img_size = img_size
         self.num_classes = num_classes
@@ -106,8 +112,8 @@ class ClassificationModule(TuningModule):
     def setup(self, stage: str) -> None:
         """Takes the names of the classes again: a first download is what brings some data's."""
         names = getattr(self.trainer.datamodule, "class_names", None)
-        if names and len(names) == self.num_classes and self.adapter is None:
-            self.class_names = list(names)
+        if self.class_names == [f"class {i}" for i in range(self.num_classes)] and names:
+            self.class_names = self.hparams["class_names"] = list(names)
 
     def build(self) -> nn.Module:
         """Makes the timm model."""

@@ -78,6 +78,10 @@ class TuningModule(LightningModule):
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
         """
         super().__init__()
+        if head_lr is not None and head_lr < 0:
+            raise ValueError(f"head_lr must be 0 or more, not {head_lr}")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay}")
         self.weights = weights
         self.tuning = FLoRA() if tuning is None else tuning
         self.adapter = adapter

@@ -75,8 +75,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Builds an optimizer over what trains in ``net``, in groups.
 
-    Adapters are not decayed, nor are biases and the scales of norms. The learning rate of a layer
-    ``d`` layers below the head is multiplied by ``layer_decay ** d``, adapters included.
+    Adapters are not decayed, nor are biases, scales of norms and what timm exempts. A layer
+    ``d`` layers below the head has its rate multiplied by ``layer_decay ** d``, adapters included.
 
     Args:
         factory: Makes the optimizer from parameter groups.
@@ -88,9 +88,10 @@ def build_optimizer(
     scale = _layer_scales(net, layer_decay)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     trained = trainable_parameters(net)
+    undecayed = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
     for name, parameter in {**trained["adapters"], **trained["other"]}.items():
         kind = _kind(name, heads, name in trained["adapters"])
-        decays = kind != "adapters" and parameter.ndim > 1
+        decays = kind != "adapters" and parameter.ndim > 1 and name not in undecayed
         factor = 1.0 if kind == "head" else scale.get(name, 1.0)
         label = kind if decays or kind == "adapters" else f"{kind}_1d"
         group = groups.setdefault((label, factor), {"params": [], "name": _label(label, factor)})
@@ -99,7 +100,10 @@ def build_optimizer(
             group["weight_decay"] = 0.0
     if not groups:
         raise ValueError("nothing trains: the tuning leaves every parameter frozen")
-    optimizer = factory(list(groups.values()))
+    try:
+        optimizer = factory(list(groups.values()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the optimizer refuses its settings: {error}") from error
     for (label, factor), group in zip(groups, optimizer.param_groups, strict=True):
         group["lr"] *= factor
         if head_lr is not None and label.startswith("head"):

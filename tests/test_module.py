@@ -158,7 +158,9 @@ def test_groups_of_full_tuning(base):
     net = built(base, tuning=Full()).net
     found = groups(build_optimizer(adamw, net, ["head"]))
     assert set(found) == {"base", "base_1d", "head", "head_1d"}
-    assert all(p.ndim == 1 for p in found["base_1d"]["params"])
+    exempt = {id(p) for name, p in net.named_parameters() if name in net.no_weight_decay()}
+    assert exempt
+    assert all(p.ndim == 1 or id(p) in exempt for p in found["base_1d"]["params"])
     assert found["base_1d"]["weight_decay"] == 0.0
     assert {id(p) for p in found["head"]["params"]} == {id(net.head.weight)}
 

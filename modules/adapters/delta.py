@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .errors import AdapterError
 from .tucker import Factors
 
 Kind = Literal["linear", "conv", "depthwise", "embedding", "attention", "parameter"]
@@ -67,12 +69,19 @@ class Delta(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = Delta.registry.get(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"there is a delta class {cls.__name__} in {known.__module__} already")
         Delta.registry[cls.__name__] = cls
 
     def __init__(
         self, info: WeightInfo, scale: float = 1.0, path: Path = "auto", dropout: float = 0.0
     ) -> None:
         super().__init__()
+        if path not in ("auto", "side", "merged"):
+            raise AdapterError(f"path must be 'auto', 'side' or 'merged', not {path!r}")
+        if not math.isfinite(scale):
+            raise AdapterError(f"the scale must be a finite number, not {scale!r}")
         self.info = info
         self.scale = scale
         self.path: Path = path

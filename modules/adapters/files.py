@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .fingerprint import base_tensors, check, fingerprint, first_difference, running_buffers
 from .inject import Planned, adapter_names, attach, check_name, resolve_modules
-from .layers import adapted_layers
+from .layers import Origin, adapted_layers, origin_of
 from .split import SplitDelta, part_info
 from .targets import candidates, refuse_lazy, refuse_unusable
 
@@ -77,7 +77,7 @@ def save(
     if format not in ("litflora", "peft"):
         raise AdapterError(f"format must be 'litflora' or 'peft', not {format!r}")
     deltas = _deltas(model, name)
-    trained = _trained(model)
+    trained = _trained(model, name)
     if not deltas and not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(f"nothing to save: no adapter {name!r} and no parameter that trains")
     if format == "peft":
@@ -94,6 +94,7 @@ def save(
     config = {
         "format": FORMAT,
         "litflora": _version(),
+        "tuning": origin_of(model, name).tuning,
         "method": sorted({type(leaf).__name__.removesuffix("Delta") for leaf in _leaves(deltas)}),
         "deltas": {weight: _record(delta) for weight, delta in deltas.items()},
         "trained": sorted(trained),
@@ -130,22 +131,31 @@ def load(
     """
     refuse_lazy(model)
     check_name(model, name)
-    stored = _read(Path(folder), model)
     modules = resolve_modules(model, train)
-    planned = _plan(model, stored)
+    try:
+        stored = _read(Path(folder), model)
+        planned = _plan(model, stored)
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise AdapterError(f"{folder} is damaged: {type(error).__name__}: {what}") from error
     _check_trained(model, stored.trained)
+    _refuse_overwriting(model, stored.trained)
     if "format" in stored.config:
         # Last, since the checks before it can name what differs.
         _check_together(Path(folder), stored.config)
         check(stored.config["base"], base_tensors(model))
     model.requires_grad_(False)
-    attach(model, name, planned)
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = frozenset(stored.trained.keys() & parameters.keys())
+    attach(model, name, planned, Origin(stored.config.get("tuning", {}), trained))
+    everything = parameters | dict(model.named_buffers())
     with torch.no_grad():
         for key, tensor in stored.trained.items():
-            parameters[key].copy_(tensor)
-            if isinstance(parameters[key], nn.Parameter):
-                parameters[key].requires_grad_(True)
+            everything[key].copy_(tensor)
+    for key in trained:
+        parameters[key].requires_grad_(True)
     for module in modules:
         model.get_submodule(module).requires_grad_(True)
     return stored.config
@@ -277,13 +287,15 @@ def _plan(model: nn.Module, stored: Stored) -> list[Planned]:
                 f"{weight}: the adapter was made for shape {list(shape)}, "
                 f"the model has {list(candidate.info.shape)}"
             )
+        # First without memory, so that a damaged file cannot ask for all there is.
+        _check_tensors(weight, build(replace(candidate.info, device=torch.device("meta"))), tensors)
         delta = build(candidate.info)
-        _fill(weight, delta, tensors)
+        delta.load_state_dict(tensors)
         planned.append(Planned(candidate, delta))
     return planned
 
 
-def _fill(weight: str, delta: Delta, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(weight: str, delta: Delta, tensors: dict[str, Tensor]) -> None:
     own = delta.state_dict()
     missing, unexpected = first_difference(own, tensors)
     if missing or unexpected:
@@ -297,18 +309,31 @@ def _fill(weight: str, delta: Delta, tensors: dict[str, Tensor]) -> None:
                 f"{weight}: {key} has shape {list(tensor.shape)} in the file, "
                 f"but {list(own[key].shape)} by its rank and layer"
             )
-    delta.load_state_dict(tensors)
 
 
 def _check_trained(model: nn.Module, trained: dict[str, Tensor]) -> None:
     present = base_tensors(model)
     for key, tensor in trained.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{key} holds a NaN or an infinity in the adapter file")
         if key not in present:
             raise AdapterError(f"the adapter holds a trained {key}, which this model does not have")
         if present[key].shape != tensor.shape:
             raise AdapterError(
                 f"{key}: the adapter has shape {list(tensor.shape)}, the model "
                 f"{list(present[key].shape)}. Build the model with as many classes as the adapter"
+            )
+
+
+def _refuse_overwriting(model: nn.Module, trained: dict[str, Tensor]) -> None:
+    """Raises if another adapter's head and the like would be lost: the model holds them once."""
+    names = adapter_names(model)
+    present = base_tensors(model) if names else {}
+    for key, tensor in trained.items():
+        if names and not torch.equal(present[key].cpu(), tensor.to(present[key].dtype)):
+            raise AdapterError(
+                f"this adapter was trained with a {key} of its own, and the model has that of "
+                f"{names[0]}: load it into a model of its own"
             )
 
 
@@ -324,10 +349,11 @@ def _deltas(model: nn.Module, name: str) -> dict[str, Delta]:
     return found
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters of the base that train, and statistics that training moves."""
-    parameters = {key for key, p in model.named_parameters() if p.requires_grad}
-    keys = parameters | running_buffers(model)
+def _trained(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Parameters of the base that train or did with the adapter, and what batch norms gathered."""
+    named = model.named_parameters(remove_duplicate=False)
+    keys = {key for key, p in named if p.requires_grad} | running_buffers(model)
+    keys |= origin_of(model, name).trained
     return {key: tensor for key, tensor in base_tensors(model).items() if key in keys}
 
 
@@ -363,6 +389,16 @@ def _checksum(weights: Path, config: dict[str, Any]) -> str:
     return content.hexdigest()
 
 
+def _swap_in(folder: Path, files: tuple[Path, ...]) -> None:
+    """Renames files into ``folder``; a pair that is there is kept until the new one is whole."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".replaced-") as aside:
+        for file in files:
+            if (folder / file.name).exists():
+                os.replace(folder / file.name, Path(aside) / file.name)
+        for file in files:
+            os.replace(file, folder / file.name)
+
+
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Writes both files under temporary names, then renames them."""
     try:
@@ -378,5 +414,4 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
             config = {**config, "checksum": _checksum(weights, config)}
         text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         shutil.copymode(text, weights)  # safetensors makes its file readable by the owner alone
-        os.replace(weights, folder / WEIGHTS)
-        os.replace(text, folder / CONFIG)
+        _swap_in(folder, (weights, text))

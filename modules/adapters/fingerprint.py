@@ -21,7 +21,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the base by name, as they are with nothing merged."""
     inside: set[str] = set()
     originals: dict[str, Tensor] = {}
-    for name, layer, adapters in adapted_layers(model):
+    for name, layer, adapters in adapted_layers(model, every_name=True):
         prefix = f"{name}." if name else ""
         inside |= {f"{prefix}adapters.{key}" for key in adapters.state_dict()}
         originals |= {f"{prefix}{p}": base_weight(layer, p) for p in adapters.originals}

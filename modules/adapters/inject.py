@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
-from .layers import AdapterSet, adapt, adapted_layers, restore
+from .layers import AdapterSet, Origin, adapt, adapted_layers, restore
 from .selective import Selective
 from .split import split
 from .summary import Summary, summary
@@ -63,20 +63,24 @@ def inject(
     """
     refuse_lazy(model)
     trained = resolve_modules(model, train)
+    own = {id(p) for module in trained for p in model.get_submodule(module).parameters()}
+    planned: list[Planned] = []
     if isinstance(tuning, Selective):
-        chosen = list(tuning.select(model))
-        model.requires_grad_(False)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
+        own |= {id(parameter) for parameter in tuning.select(model)}
+        _refuse_selective(model, tuning, own)
     elif isinstance(tuning, DeltaTuning):
         planned = plan(model, tuning, name, trained)
-        model.requires_grad_(False)
-        attach(model, name, planned)
     else:
         raise AdapterError(f"tuning must be a Tuning such as FLoRA(rank=8), not {tuning!r}")
-    for module in trained:
-        model.get_submodule(module).requires_grad_(True)
-    return summary(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+    names = (key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in own)
+    attach(model, name, planned, Origin(tuning.to_dict(), frozenset(names)))
+    report = summary(model)
+    frozen = [head for head in head_names(model) if not is_inside(head, trained)]
+    if planned and frozen:
+        report.warnings.append(f"{frozen[0]} is the head and is frozen: train={frozen} trains it")
+    return report
 
 
 def plan(model: nn.Module, tuning: DeltaTuning, name: str, trained: Sequence[str]) -> list[Planned]:
@@ -98,10 +102,10 @@ def plan(model: nn.Module, tuning: DeltaTuning, name: str, trained: Sequence[str
     return [Planned(c, _build(tuning, c.info, overrides[c.info.name])) for c in chosen]
 
 
-def attach(model: nn.Module, name: str, planned: Sequence[Planned]) -> None:
+def attach(model: nn.Module, name: str, planned: Sequence[Planned], origin: Origin) -> None:
     """Attaches built deltas to their layers and makes their adapter the only active one."""
     for item in planned:
-        adapt(item.candidate.module).add(name, item.candidate.param, item.delta)
+        adapt(item.candidate.module).add(name, item.candidate.param, item.delta, origin)
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and hasattr(module.out_proj, "adapters"):
             adapt(module)  # it reads the weight of that child without calling it
@@ -137,6 +141,14 @@ def _build(tuning: DeltaTuning, info: WeightInfo, overrides: dict[str, Any]) -> 
     return delta
 
 
+def _refuse_selective(model: nn.Module, tuning: Selective, own: set[int]) -> None:
+    what = type(tuning).__name__
+    if adapter_names(model):
+        raise AdapterError(f"{what} trains the base, and the model has adapters: unload them first")
+    if not own:
+        raise AdapterError(f"{what} trains nothing here: name the head, as in train=['head']")
+
+
 def _overrides(tuning: DeltaTuning, chosen: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
     """The settings given by pattern, for each chosen weight; the first pattern that fits wins."""
     found: dict[str, dict[str, Any]] = {candidate.info.name: {} for candidate in chosen}
@@ -165,9 +177,10 @@ def _refuse_heads(
 def resolve_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
     """Names of the modules that the patterns of ``train`` name; raises if one names none."""
     names = [name for name, _ in model.named_modules() if name]
-    found = []
+    found: list[str] = []
     for pattern in _as_list(train):
-        hits = match_names(pattern, names)
+        # An exact name means that module, not every inner one whose name ends the same.
+        hits = [pattern] if pattern in names else match_names(pattern, names)
         if not hits:
             raise AdapterError(f"train: {pattern!r} matches no module. {nearest(pattern, names)}")
         found += hits
@@ -318,6 +331,8 @@ def route(model: nn.Module, names: Sequence[str | None], *args: Any, **kwargs: A
     lengths = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     if lengths != {len(names)}:
         raise AdapterError(f"{len(names)} adapter names for inputs of batch size {sorted(lengths)}")
+    if model.training:
+        raise AdapterError("route is for inference: call model.eval() first")
     before = [(adapters, adapters.active) for _, _, adapters in adapted_layers(model)]
     _refuse_merged(model, "route")
     outputs, order = [], []

@@ -7,9 +7,11 @@ made on the fly, whose forward adds the active deltas, and it gains one child, `
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,8 +22,25 @@ from .ops import Op, op_of, rows
 from .paths import Total, choose
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from.
+
+    Attributes:
+        tuning: The tuning that made it, as plain values.
+        trained: Names of the base's own parameters that train along with it.
+    """
+
+    tuning: dict[str, Any] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
+
+
 class Deltas(nn.Module):
     """The deltas of one adapter on one layer, by the name of the parameter they change."""
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__()
+        self.origin = origin
 
     def __getitem__(self, param: str) -> Delta:
         delta = self._modules[param]
@@ -75,10 +94,10 @@ class AdapterSet(nn.Module):
         self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
         return self
 
-    def add(self, name: str, param: str, delta: Delta) -> None:
+    def add(self, name: str, param: str, delta: Delta, origin: Origin) -> None:
         """Adds the delta of one parameter to the adapter ``name``."""
         if name not in self:
-            self.add_module(name, Deltas())
+            self.add_module(name, Deltas(origin))
         self[name].add_module(param, delta)
         self[name].train(self.training)
 
@@ -195,6 +214,12 @@ def adapt(layer: nn.Module) -> AdapterSet:
     return cast(Adapted, layer).adapters
 
 
+def origin_of(model: nn.Module, name: str) -> Origin:
+    """Where the adapter ``name`` comes from; an empty origin if the model has none so called."""
+    found = (adapters[name].origin for _, _, adapters in adapted_layers(model) if name in adapters)
+    return next(found, Origin())
+
+
 def restore(layer: nn.Module) -> None:
     """Takes every trace of litflora off ``layer``."""
     assert isinstance(layer, Adapted)
@@ -202,9 +227,16 @@ def restore(layer: nn.Module) -> None:
     layer.__class__ = layer._litflora_base  # type: ignore[assignment]
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
-    """Name, layer and adapters of every adapted layer of ``model``."""
-    for name, module in model.named_modules():
+def adapted_layers(
+    model: nn.Module, every_name: bool = False
+) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
+    """Name, layer and adapters of every adapted layer of ``model``.
+
+    Args:
+        model: The model.
+        every_name: Give a layer that is used twice under both of its names.
+    """
+    for name, module in model.named_modules(remove_duplicate=not every_name):
         if isinstance(module, Adapted):
             yield name, module, module.adapters
 
@@ -233,9 +265,23 @@ def _sums(layer: Any) -> _Sums:
     return found
 
 
+# Two threads that put weights in the same place would each restore what the other had put there.
+_LOCK = threading.RLock()
+
+
 @contextmanager
 def _substituted(sums: _Sums) -> Iterator[None]:
     """Puts ``W + dW`` in the place of each weight for one forward."""
+    if torch.compiler.is_compiling():  # which cannot trace a lock
+        with _swapped(sums):
+            yield
+    else:
+        with _LOCK, _swapped(sums):
+            yield
+
+
+@contextmanager
+def _swapped(sums: _Sums) -> Iterator[None]:
     kept = [(module, param, module._parameters[param]) for module, param, _ in sums.values()]
     swapped: list[tuple[Tensor, Tensor, Total]] = []
     for module, param, total in sums.values():
@@ -253,6 +299,23 @@ def _substituted(sums: _Sums) -> Iterator[None]:
             module._parameters[param] = weight
 
 
+@dataclass(frozen=True)
+class _Outer:
+    """What the hooks around ours made of a tensor."""
+
+    packed: Any
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _outer_hooks() -> tuple[Callable[..., Any], Callable[..., Tensor]] | None:
+    """The saved-tensor hooks that are active now; torch has no public way to ask."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return tuple(hooks) if hooks else None  # type: ignore[return-value]
+
+
 def _rebuilt_in_backward(
     swapped: list[tuple[Tensor, Tensor, Total]],
 ) -> AbstractContextManager[Any]:
@@ -263,15 +326,18 @@ def _rebuilt_in_backward(
         added.untyped_storage().data_ptr(): (weight, total) for added, weight, total in swapped
     }
 
+    # Hooks do not nest: whatever is not ours goes on to those around us, such as checkpointing's.
+    outer_pack, outer_unpack = _outer_hooks() or (Tensor.detach, _as_it_is)
+
     def pack(tensor: Tensor) -> Any:
         source = known.get(tensor.untyped_storage().data_ptr())
         if source is None:
-            return tensor
+            return _Outer(outer_pack(tensor))
         return (*source, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed, _Outer):
+            return outer_unpack(packed.packed)
         weight, total, size, stride, offset = packed
         added = (weight + total(*total.tensors())).to(weight.dtype)
         return torch.as_strided(added, size, stride, offset)

@@ -38,11 +38,15 @@ def from_lycoris(tensors: dict[str, Tensor], model: nn.Module) -> Stored:
         groups.setdefault(stem, {})[suffix] = tensor
     by_name = _flattened(model)
     stored = Stored({})
+    prefixes: dict[str, str] = {}
     for stem, group in groups.items():
         if "lora_up.weight" not in group or "lora_down.weight" not in group:
             raise AdapterError(f"{stem}: the file lacks lora_up or lora_down")
         candidate = _find(stem, by_name)
+        prefixes[stem.removesuffix(candidate.layer.replace(".", "_"))] = stem
         stored.deltas[candidate.info.name] = _delta(candidate.info, group)
+    if len(prefixes) > 1:  # then some stem only ends like a layer of this model
+        raise AdapterError(f"the file is for another model: {' and '.join(prefixes.values())}")
     return stored
 
 

@@ -77,7 +77,7 @@ def merge(
             adapters.merged |= {n: adapters.active[n] for n in chosen if n in adapters}
             if adapters.merged != before:
                 report.rows += _write(name, layer, adapters)
-    except AdapterError:
+    except BaseException:
         for layer, adapters, before in touched:
             adapters.merged = before
             _write("", layer, adapters)
@@ -114,7 +114,9 @@ def _choose(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
         raise AdapterError("the model has no adapter to merge")
     _refuse_disabled(model)
     active = {name for _, _, adapters in adapted_layers(model) for name in adapters.active}
-    asked = [names] if isinstance(names, str) else list(names or [n for n in known if n in active])
+    if names is None:
+        names = [name for name in known if name in active]
+    asked = [names] if isinstance(names, str) else list(names)
     for name in asked:
         if name not in active:
             state = "not active" if name in known else "unknown"
@@ -135,7 +137,7 @@ def _write(name: str, layer: nn.Module, adapters: AdapterSet) -> list[MergedWeig
         weight = layer._parameters[param]
         assert weight is not None
         if param not in sums:
-            weight.data = adapters.originals.pop(param)
+            _replace(weight, adapters.originals.pop(param))
             continue
         original = base_weight(layer, param).detach()
         # Float32 at least: a bf16 sum would round dW away before it is even cast.
@@ -144,13 +146,21 @@ def _write(name: str, layer: nn.Module, adapters: AdapterSet) -> list[MergedWeig
         if not bool(torch.isfinite(delta).all()):
             raise AdapterError(f"the delta of {label} is not finite: nothing was merged")
         exact = original.to(torch.promote_types(_wide(original), delta.dtype)) + delta
-        merged = exact.to(original.dtype)
+        merged = torch.empty_like(original).copy_(exact)  # in the memory format of the original
+        if not bool(torch.isfinite(merged).all()):
+            raise AdapterError(f"W + dW of {label} is not finite in {original.dtype}")
         norm = float(delta.norm())
         lost = float((merged.to(exact.dtype) - exact).norm()) / norm if norm else 0.0
         report.append(MergedWeight(label, norm, lost))
         adapters.originals[param] = original
-        weight.data = merged.contiguous(memory_format=torch.preserve_format)
+        _replace(weight, merged)
     return report
+
+
+def _replace(weight: nn.Parameter, value: Tensor) -> None:
+    """Puts in another value, and lets a backward that still needs the old one know."""
+    weight.data = value
+    torch.autograd.graph.increment_version(weight)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

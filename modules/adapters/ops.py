@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .delta import Delta
-from .paths import Total, compute_dtype, merged_conv, merged_linear
+from .paths import Total, compute_dtype, merged_conv, merged_linear, without_autocast
 from .tucker import expand, mode_product
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -95,7 +95,7 @@ def _conv1d_merged(layer: Any, args: tuple[Any, ...], total: Total) -> Tensor:
     y = merged_linear(
         x.reshape(-1, x.shape[-1]), layer.weight.T, _TransposedTotal(total), layer.bias
     )
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], layer.weight.shape[1])
 
 
 def _conv1d_side(layer: Any, args: tuple[Any, ...], delta: Delta) -> Tensor:
@@ -130,7 +130,7 @@ def _embedding_merged(layer: nn.Embedding, args: tuple[Any, ...], total: Total) 
 def _embedding_side(layer: nn.Embedding, args: tuple[Any, ...], delta: Delta) -> Tensor:
     indices = args[0]
     core, (rows_factor, widen) = _tucker(delta, layer.weight.dtype)
-    with torch.autocast(indices.device.type, enabled=False):  # as the look-up itself
+    with without_autocast(indices.device.type):  # as the look-up itself
         x = dropped(F.embedding(indices, core if rows_factor is None else rows_factor), delta)
         x = x if rows_factor is None else x @ core
         y = x if widen is None else F.linear(x, widen)

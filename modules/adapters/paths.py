@@ -9,6 +9,7 @@ Both are exact; they differ in time and memory alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Total:
         """The summed dW, made from ``tensors``, in the factors' own precision."""
         total: Tensor | None = None
         start = 0
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with without_autocast(tensors[0].device.type):
             for delta, weight in self.terms:
                 stop = start + len(delta.tensors())
                 dense = delta.compose(*tensors[start:stop])
@@ -89,10 +90,19 @@ def _is_narrow(delta: Delta, core: Tensor, rows: int) -> bool:
     return own <= NARROW * 2 * chain and rows * (fan_in + fan_out) >= own
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context in which nothing is cast; devices such as "meta" know no autocast."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that a matrix product with ``x`` runs in, autocast considered."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 def merged_linear(x: Tensor, weight: Tensor, total: Total, bias: Tensor | None) -> Tensor:
@@ -125,6 +135,9 @@ def _apply(
     *geometry: Any,
 ) -> Tensor:
     dtype = compute_dtype(x)
+    cast = dtype != x.dtype or torch.is_autocast_enabled(x.device.type)
+    if not x.is_floating_point() or (dtype != weight.dtype and not cast):
+        raise RuntimeError(f"the layer's weight is {weight.dtype}, and its input {x.dtype}")
     bias = None if bias is None else bias.to(dtype)
     tensors = total.tensors()
     # dW is an input so that autograd carries its gradient on to the factors; the factors are
@@ -147,6 +160,8 @@ def _save(
 
 class _MergedLinear(torch.autograd.Function):
     """The linear map with ``W + dW``, built again in backward."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -176,6 +191,8 @@ class _MergedLinear(torch.autograd.Function):
 
 class _MergedConv(torch.autograd.Function):
     """The convolution with ``W + dW``, built again in backward."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(

@@ -153,6 +153,12 @@ def _refuse_variants(config: dict[str, Any]) -> None:
     ):
         if config.get(flag):
             raise AdapterError(f"the PEFT folder sets {flag}: only plain LoRA can be read")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(
+            f"the PEFT folder starts from a changed base (init_lora_weights={start}): convert it "
+            "in PEFT to a plain LoRA first"
+        )
     if config.get("bias", "none") != "none":
         raise AdapterError(
             f"the PEFT folder trains biases (bias={config['bias']!r}): not supported"

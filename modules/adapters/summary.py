@@ -92,7 +92,7 @@ class Summary:
                 "x".join(map(str, row.shape)),
                 "x".join(map(str, row.ranks)) + ("*" if row.clamped else ""),
                 f"{row.params:,}",
-                f"{row.params / row.full_params:.1%}",
+                f"{row.params / max(1, row.full_params):.1%}",
                 row.path,
             )
             for row in self.rows
@@ -108,7 +108,7 @@ class Summary:
             f"of which in deltas {self.adapter_params:,}"
         )
         if self.rows:
-            names = {"peft": "PEFT", "loralib": "loralib", "article": "FLoRA article"}
+            names = {"peft": "PEFT's form", "loralib": "loralib", "article": "FLoRA article"}
             counts = ", ".join(f"{n:,} ({names[form]})" for form, n in self.lora_totals().items())
             yield f"LoRA of the same ranks, by its formula on convolutions: {counts}"
         if any(row.clamped for row in self.rows):
@@ -131,11 +131,16 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
     saved, seen = (None, {}) if example is None else measure(model, example)
     result = Summary(saved_bytes=saved)
     deltas: set[int] = set()
+    rounded: list[str] = []
     for name, layer, adapters in adapted_layers(model):
         for adapter in adapters:
             for param, delta in adapters[adapter].items():
                 deltas |= {id(p) for p in delta.parameters()}
-                result.rows.append(_row(name, layer, adapter, param, delta, seen.get(name)))
+                row = _row(name, layer, adapter, param, delta, seen.get(name))
+                result.rows.append(row)
+                weight = layer._parameters[param]
+                if row.path == "merged" and weight is not None and weight.element_size() < 4:
+                    rounded.append(f"{name}: W + dW in {weight.dtype} loses most of a small dW")
     for parameter in model.parameters():
         size = parameter.numel()
         result.trainable += size if parameter.requires_grad else 0
@@ -143,11 +148,15 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
             result.adapter_params += size
         else:
             result.total += size
-    result.warnings = ([] if example is None else _unused(result, seen)) + [
-        f"{row.layer}: its delta has {row.params:,} parameters, its weight {row.full_params:,}"
-        for row in result.rows
-        if row.params > row.full_params
-    ]
+    result.warnings = (
+        ([] if example is None else _unused(result, seen))
+        + rounded
+        + [
+            f"{row.layer}: its delta has {row.params:,} parameters, its weight {row.full_params:,}"
+            for row in result.rows
+            if row.params > row.full_params
+        ]
+    )
     return result
 
 
@@ -184,11 +193,13 @@ def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward in training moves: running statistics and random states."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        yield
-    with torch.no_grad():
-        for buffer, value in before:
-            buffer.copy_(value)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 @contextmanager

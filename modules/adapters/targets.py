@@ -158,6 +158,11 @@ def refuse_unusable(candidate: Candidate, model: nn.Module) -> None:
     weight, module = candidate.module._parameters[candidate.param], candidate.module
     name = candidate.info.name
     assert weight is not None
+    if "forward" in vars(module):
+        raise AdapterError(
+            f"the forward of {candidate.layer} was replaced on the object, which would pass the "
+            "delta by: inject before dispatching or patching, or exclude that layer"
+        )
     if not weight.is_floating_point():
         raise AdapterError(
             f"{name} is stored as {weight.dtype}: only floating-point bases are adapted"
@@ -168,7 +173,12 @@ def refuse_unusable(candidate: Candidate, model: nn.Module) -> None:
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise AdapterError(f"{candidate.layer} is a scripted module: inject before scripting")
-    if not isinstance(module, Adapted) and "adapters" in {*module._modules, *vars(module)}:
+    if candidate.param != "weight" and isinstance(getattr(module, "weight", None), Tensor):
+        raise AdapterError(
+            f"the weight of {candidate.layer} is computed from {name} by a hook: make it permanent "
+            "first (prune.remove, remove_weight_norm)"
+        )
+    if not isinstance(module, Adapted) and hasattr(module, "adapters"):
         raise AdapterError(
             f"{candidate.layer} has an attribute `adapters` already: exclude that layer"
         )

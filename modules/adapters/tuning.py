@@ -82,7 +82,7 @@ class DeltaTuning(Tuning):
             info: The weight.
             overrides: The pattern-given settings that name this layer, by name.
         """
-        raise NotImplementedError
+        raise AdapterError(f"{type(self).__name__} is no method: choose FLoRA, LoRA or another")
 
     def to_dict(self) -> dict[str, Any]:
         """The class name and its settings as plain values; layer types by their names."""

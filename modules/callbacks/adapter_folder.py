@@ -25,7 +25,7 @@ class AdapterFolder(Callback):
     An existing folder is left alone: the new one is then ``adapter-v1`` and so on.
 
     So that the gain can be told, the whole validation set is evaluated before training, in the
-    place of Lightning's sanity check.
+    place of Lightning's sanity check; ``num_sanity_val_steps: 0`` leaves it out.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,8 @@ class AdapterFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Turns the sanity check into a validation of the start."""
         self.before = {}
-        if stage == "fit" and not trainer.fast_dev_run and trainer.ckpt_path is None:
+        asked = trainer.num_sanity_val_steps != 0  # 0 says that no one wants to wait for it
+        if asked and stage == "fit" and not trainer.fast_dev_run and trainer.ckpt_path is None:
             trainer.num_sanity_val_steps = float("inf")
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

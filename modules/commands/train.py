@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import warnings
 from argparse import SUPPRESS, Action
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -49,7 +50,7 @@ class RecipeAction(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         """Finds the recipe; what goes wrong inside it says which it was."""
         try:
-            config = values if _inline(values) else str(recipes.find(values))
+            config = values if _inline(values) else _readable(recipes.find(values))
             super().__call__(parser, cfg, config, option_string)
         except (TypeError, argparse.ArgumentError) as error:
             if not _inline(values):
@@ -102,12 +103,19 @@ class RecipeParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the config where the run has a folder to itself."""
+    """Saves the config where the run has a folder to itself.
+
+    Attributes:
+        folder: The folder that this process has saved to: another process's may be beside it.
+    """
+
+    folder: ClassVar[Path | None] = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Saves once, and never over another run's config."""
         if own_folder(trainer) is not None:
             super().setup(trainer, pl_module, stage)
+            SaveConfig.folder = own_folder(trainer)
 
 
 class LitFloraCLI(LightningCLI):
@@ -152,6 +160,9 @@ class LitFloraCLI(LightningCLI):
             told = "Folder of a saved adapter: brings the model and data it was trained with."
             parser.add_argument("--adapter", action=AdapterAction, default=SUPPRESS, help=told)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the config as it is: Lightning would let the checkpoint's settings win."""
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer | None:
         """Adds the callbacks that every run has, unless the recipe brings or bans its own."""
         if self.command is None:
@@ -161,6 +172,7 @@ class LitFloraCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        check_checkpoint(self.config[subcommand].get("ckpt_path"))
         folder = own_folder(self.trainer) if self.trainer.is_global_zero else None
         with removed_on_mistake(folder):
             super()._run_subcommand(subcommand)
@@ -205,6 +217,14 @@ def _first_config(args: list[str]) -> str | None:
     return None
 
 
+def _readable(path: Path) -> str:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no recipe: it is not text in UTF-8") from None
+    return str(path)
+
+
 def _inline(config: str) -> bool:
     return any(mark in config for mark in ("{", "\n", ": "))
 
@@ -225,6 +245,28 @@ def default_callbacks(trainer: Any) -> list[Callback]:
     ]
 
 
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"no run can be written below {folder}: set trainer.default_root_dir")
+
+
+def check_checkpoint(path: str | None) -> None:
+    """Raises if a checkpoint to start from is not one, before anything is built."""
+    if path is None or path in ("best", "last", "hpc", "registry"):
+        return
+    import torch
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged or no checkpoint of litflora: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no checkpoint of litflora: its state_dict is no dict")
+
+
 def own_folder(trainer: Trainer) -> Path | None:
     """The folder that this run has to itself; other loggers share theirs, or have none."""
     logger = trainer.logger
@@ -242,10 +284,14 @@ def removed_on_mistake(folder: Path | None) -> Iterator[None]:
             f"{folder} holds an earlier run: change or drop trainer.logger.init_args.version"
         )
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    _check_writable(next(path for path in folder.absolute().parents if path.exists()))
+    SaveConfig.folder = None
     try:
         yield
     except Exception as error:
-        if explain(error) and folder in missing and not list(folder.rglob("*.ckpt")):
+        # A run that was started at the same time may have made the folder its own.
+        mine = SaveConfig.folder == folder or not (folder / "config.yaml").exists()
+        if explain(error) and mine and folder in missing and not list(folder.rglob("*.ckpt")):
             shutil.rmtree(folder, ignore_errors=True)
             for parent in missing[1:]:
                 if parent.is_dir() and not any(parent.iterdir()):

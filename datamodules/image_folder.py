@@ -21,6 +21,7 @@ class ImageFolderDataModule(ImageDataModule):
         val_fraction: Share of each class held out for validation, and again for testing.
         samples_per_class: Train on that many images of each class only.
         augment: Crop and mirror training images at random.
+        min_crop: Smallest share of an image that a random crop keeps; 1 mirrors alone.
         check_images: Read every image once before training and name those that cannot be read.
         predict_root: Folder of images to predict, with any folders inside; else the test split.
             With it, `root` may be missing: `class_names` is then empty.
@@ -36,6 +37,7 @@ class ImageFolderDataModule(ImageDataModule):
         val_fraction: float = 0.1,
         samples_per_class: int | None = None,
         augment: bool = True,
+        min_crop: float = 0.5,
         check_images: bool = False,
         predict_root: str | None = None,
     ) -> None:
@@ -47,6 +49,7 @@ class ImageFolderDataModule(ImageDataModule):
             samples_per_class=samples_per_class,
             val_fraction=val_fraction,
             augment=augment,
+            min_crop=min_crop,
             predict_root=predict_root,
         )
         self.root = Path(root)

@@ -77,10 +77,12 @@ def from_files(paths: Sequence[str | Path], labels: Sequence[int]) -> Samples:
     return Samples(ImageFiles(paths), labels, [str(path) for path in paths])
 
 
-def train_transform(img_size: int) -> v2.Compose:
-    """A random crop of at least half the image, mirrored every other time."""
+def train_transform(img_size: int, min_crop: float) -> v2.Compose:
+    """A random crop of at least that share of the image, mirrored every other time."""
+    if min_crop == 1:
+        return v2.Compose([v2.RandomHorizontalFlip(), eval_transform(img_size)])
     crop = v2.RandomResizedCrop(
-        img_size, scale=(0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        img_size, scale=(min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
     )
     return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
@@ -107,17 +109,21 @@ class ImageDataModule(ClassificationDataModule):
         samples_per_class: int | None,
         val_fraction: float,
         augment: bool,
+        min_crop: float,
         predict_root: str | None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, samples_per_class)
         check_at_least("img_size", img_size, 1)
         if not 0 < val_fraction < 0.5:
             raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 0.5")
+        if not 0 < min_crop <= 1:
+            raise ValueError(f"min_crop={min_crop} is a share of the image: it must lie in (0, 1]")
         if predict_root is not None and not Path(predict_root).is_dir():
             raise FileNotFoundError(f"predict_root {predict_root} is no folder")
         self.img_size = img_size
         self.val_fraction = val_fraction
         self.augment = augment
+        self.min_crop = min_crop
         self.predict_root = predict_root
         self._splits: dict[str, Samples] = {}
 
@@ -132,9 +138,11 @@ class ImageDataModule(ClassificationDataModule):
         else:
             self._splits = self._splits or self._complete(self.official_splits())
             samples = self._splits["test" if name == "predict" else name]
-        random = name == "train" and self.augment
-        transform = train_transform if random else eval_transform
-        return replace(samples, transform=transform(self.img_size), seed=self.seed)
+        if name == "train" and self.augment:
+            transform = train_transform(self.img_size, self.min_crop)
+        else:
+            transform = eval_transform(self.img_size)
+        return replace(samples, transform=transform, seed=self.seed)
 
     def _complete(self, splits: dict[str, Samples]) -> dict[str, Samples]:
         """Fill in missing splits; validation images are not taken from the test's share."""

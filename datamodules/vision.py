@@ -70,6 +70,7 @@ class VisionDataModule(ImageDataModule):
         val_fraction: Share of each class held out where a split is missing.
         samples_per_class: Train on that many images of each class only.
         augment: Crop and mirror training images at random.
+        min_crop: Smallest share of an image that a random crop keeps; 1 mirrors alone.
         predict_root: Folder of images to predict, with any folders inside; else the test split.
             With it, `root` may be missing.
     """
@@ -86,6 +87,7 @@ class VisionDataModule(ImageDataModule):
         val_fraction: float = 0.1,
         samples_per_class: int | None = None,
         augment: bool = True,
+        min_crop: float = 0.5,
         predict_root: str | None = None,
     ) -> None:
         super().__init__(
@@ -96,6 +98,7 @@ class VisionDataModule(ImageDataModule):
             samples_per_class=samples_per_class,
             val_fraction=val_fraction,
             augment=augment,
+            min_crop=min_crop,
             predict_root=predict_root,
         )
         self.dataset = dataset

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -20,6 +21,7 @@ from torchvision.transforms import v2
 
 from . import backbones
 from .adapters import Tuning, read_config
+from .callbacks import ConfusionMatrix, PredictionWriter
 from .module import TuningModule, unit_range
 from .optim import OneCycle
 
@@ -114,6 +116,15 @@ class ClassificationModule(TuningModule):
         names = getattr(self.trainer.datamodule, "class_names", None)
         if self.class_names == [f"class {i}" for i in range(self.num_classes)] and names:
             self.class_names = self.hparams["class_names"] = list(names)
+
+    def metadata(self, datamodule: Any = None) -> dict[str, Any]:
+        """Adds the classes and the size of the images."""
+        own = {"class_names": self.class_names, "img_size": self.img_size}
+        return {**super().metadata(datamodule), **own}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The confusion matrix of a test, and the table of a prediction."""
+        return [ConfusionMatrix(), PredictionWriter()]
 
     def build(self) -> nn.Module:
         """Makes the timm model."""

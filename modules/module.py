@@ -28,6 +28,7 @@ from .optim import OneCycle, build_optimizer, scheduler_config
 jsonargparse.set_parsing_settings(subclasses_enabled=[Tuning])
 
 # The command line gives plain values for these, Python gives functions.
+_DATA_PATHS = ("root", "predict_root")
 _FACTORIES = ("optimizer", "lr_scheduler")
 # What can stand for weights without being a path.
 _TAGS = ("pretrained", "embedded")
@@ -192,6 +193,13 @@ class TuningModule(LightningModule):
         described = describe(self, () if self.weights in _TAGS else ("weights",))
         described["init_args"].pop("adapter")  # a saved adapter stands for itself
         return described
+
+    def metadata(self, datamodule: Any = None) -> dict[str, Any]:
+        """What an adapter's folder says of the run: how to make model and data again."""
+        found = {"task": self.task, "model": self.description()}
+        if getattr(datamodule, "hparams", None):
+            found["data"] = describe(datamodule, _DATA_PATHS)
+        return found
 
     def frozen_keys(self) -> set[str]:
         """Keys of the frozen base, if it can be read again."""

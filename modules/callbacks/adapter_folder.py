@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..adapters import save
-from ..module import TuningModule, describe
 from ._files import log_dir
 
-_DATA_PATHS = ("root", "predict_root")
+if TYPE_CHECKING:  # a task imports its callbacks, not they the task
+    from ..module import TuningModule
 
 
 class AdapterFolder(Callback):
@@ -52,13 +52,12 @@ class AdapterFolder(Callback):
         """Takes over the metrics of the start."""
         self.before = state_dict["before"]
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Saves the folder."""
-        assert isinstance(pl_module, TuningModule)
         folder = _fresh(log_dir(trainer) / "adapter")
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        metadata, best = _metadata(trainer, pl_module), _best(trainer)
+        metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
         if best is None:
             save(pl_module.net, folder, metadata=metadata)
             name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
@@ -102,18 +101,6 @@ def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str
     module.load_state_dict(best["state_dict"])
     save(module.net, folder, metadata=metadata)
     module.load_state_dict(last)  # fit leaves the last weights in the module, as always
-
-
-def _metadata(trainer: Trainer, module: TuningModule) -> dict[str, Any]:
-    metadata = {
-        "task": module.task,
-        "model": module.description(),
-        "class_names": module.class_names,
-        "img_size": module.img_size,
-    }
-    if getattr(trainer.datamodule, "hparams", None):
-        metadata["data"] = describe(trainer.datamodule, _DATA_PATHS)
-    return metadata
 
 
 def _message(

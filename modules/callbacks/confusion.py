@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ._files import log_dir, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Beyond these numbers of classes, counts and then names would be too small to be read.
 MOST_COUNTS = 20
@@ -25,6 +29,8 @@ class ConfusionMatrix(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts an empty matrix."""
+        if find_spec("matplotlib") is None:
+            rank_zero_warn("no confusion matrix is drawn: pip install 'litflora[plots]'")
         self.matrix = MulticlassConfusionMatrix(pl_module.num_classes).to(pl_module.device)
 
     def on_test_batch_end(
@@ -43,7 +49,7 @@ class ConfusionMatrix(Callback):
         """Draws the counts of all processes."""
         counts = self.matrix.compute().cpu()
         path = log_dir(trainer) / "confusion_matrix.png"
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if trainer.fast_dev_run or not trainer.is_global_zero or find_spec("matplotlib") is None:
             return
         figure = draw(counts, pl_module.class_names)
         with replacing(path) as temporary:
@@ -63,6 +69,8 @@ def draw(counts: Tensor, names: list[str]) -> Figure:
         counts: ``[true, predicted]``.
         names: Names of the classes.
     """
+    from matplotlib.figure import Figure
+
     n = len(names)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = min(max(0.45 * n, 4.0), 16.0)

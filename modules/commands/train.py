@@ -237,12 +237,7 @@ def default_callbacks(trainer: Any) -> list[Callback]:
     shown = trainer.enable_progress_bar is not False and not trainer.barebones
     if shown and not any(isinstance(each, ProgressBar) for each in trainer.callbacks or ()):
         found.append(callbacks.RateProgressBar())  # first, so that it is gone when others print
-    return [
-        *found,
-        callbacks.AdapterFolder(),
-        callbacks.ConfusionMatrix(),
-        callbacks.PredictionWriter(),
-    ]
+    return [*found, callbacks.AdapterFolder()]
 
 
 def _check_writable(folder: Path) -> None:

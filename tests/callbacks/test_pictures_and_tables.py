@@ -21,9 +21,9 @@ def table(path):
 
 
 def test_the_confusion_matrix_counts_and_is_drawn(base, tmp_path):
-    callback = ConfusionMatrix()
-    run = trainer(tmp_path / "run", callbacks=[callback])
+    run = trainer(tmp_path / "run")
     (metrics,) = run.test(module(base), Colours(n=10), verbose=False)
+    callback = next(each for each in run.callbacks if isinstance(each, ConfusionMatrix))
     counts = callback.matrix.compute()
     assert counts.sum() == 10
     assert counts.diag().sum() / 10 == pytest.approx(metrics["test/acc"])
@@ -38,7 +38,7 @@ def test_the_picture_reaches_loggers_that_take_figures(base, tmp_path, monkeypat
     monkeypatch.setattr(
         logger.experiment, "add_figure", lambda name, figure, step: seen.append(name)
     )
-    run = trainer(tmp_path, logger=logger, callbacks=[ConfusionMatrix()])
+    run = trainer(tmp_path, logger=logger)
     run.test(module(base), Colours(n=10), verbose=False)
     assert seen == ["test/confusion_matrix"]
 
@@ -59,7 +59,7 @@ def test_the_picture_is_readable_for_any_number_of_classes(classes, tmp_path):
 
 
 def test_predictions_are_a_table(base, tmp_path, capsys):
-    run = trainer(tmp_path / "run", callbacks=[PredictionWriter()])
+    run = trainer(tmp_path / "run")
     batches = run.predict(module(base), Colours(n=10, batch_size=4))
     path = tmp_path / "run" / "predictions.csv"
     header, *rows = table(path)
@@ -75,7 +75,7 @@ def test_predictions_are_a_table(base, tmp_path, capsys):
 def test_a_failing_write_leaves_the_old_table(base, tmp_path, monkeypatch):
     path = tmp_path / "predictions.csv"
     path.write_text("old")
-    run = trainer(tmp_path, callbacks=[PredictionWriter()])
+    run = trainer(tmp_path)
 
     class Full:
         def writerow(self, row):

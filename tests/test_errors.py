@@ -111,6 +111,27 @@ IN_YAML = {
         "test_convnext",
     ),
     "size that the backbone cannot take": ("model: {init_args: {img_size: 30}}", "30", "32"),
+    "empty batches": ("data: {init_args: {batch_size: 0}}", "batch_size", "at least 1", "0"),
+    "fewer than no workers": ("data: {init_args: {num_workers: -1}}", "num_workers", "at least 0"),
+    "no pixels": ("data: {init_args: {img_size: 0}}", "img_size", "at least 1"),
+    "rate below zero": (
+        "model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: -1}}}}",
+        "optimizer",
+        "-1",
+    ),
+    "head rate below zero": ("model: {init_args: {head_lr: -1}}", "head_lr", "-1"),
+    "layer decay": ("model: {init_args: {layer_decay: 5}}", "layer_decay", "(0, 1]"),
+    "smoothing": ("model: {init_args: {label_smoothing: 2}}", "label_smoothing", "[0, 1)"),
+    "class weights": (
+        "model: {init_args: {class_weights: [.nan, 1, 1]}}",
+        "class_weights",
+        "finite",
+    ),
+    "tuning that is no method": (
+        "model: {init_args: {tuning: {class_path: litflora.adapters.DeltaTuning}}}",
+        "FLoRA",
+    ),
+    "missing checkpoint": ("ckpt_path: no.ckpt", "no checkpoint file no.ckpt"),
     "unknown accelerator": ("trainer: {accelerator: gpuu}", "gpuu"),
 }
 
@@ -122,6 +143,41 @@ def test_mistake_in_yaml(name, made, here):
     result = fit(made, "--config", "mine.yaml")
     assert_told(result, *parts)
     assert files_below(here) == {"mine.yaml"}
+
+
+def test_a_recipe_that_is_no_text(made, here):
+    Path("mine.yaml").write_bytes("# pr\u00fcfung".encode("latin-1"))
+    assert_told(fit(made, "--config", "mine.yaml"), "mine.yaml", "UTF-8")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 torn"])
+def test_a_torn_checkpoint(content, made, here):
+    Path("torn.ckpt").write_bytes(content)
+    assert_told(fit(made, "--ckpt_path", "torn.ckpt"), "torn.ckpt", "damaged")
+    assert files_below(here) == {"torn.ckpt"}
+
+
+def test_a_run_folder_that_cannot_be(made, here):
+    Path("runs").write_text("mine")
+    assert_told(fit(made), "runs", "trainer.default_root_dir")
+    assert Path("runs").read_text() == "mine"
+
+
+def test_a_base_file_that_is_no_state_dict(made, here):
+    Path("text.pth").write_text("hello world")
+    result = fit(made, "--model.init_args.weights", "text.pth")
+    assert_told(result, "text.pth", "cannot be read")
+    assert files_below(here) == {"text.pth"}
+
+
+def test_a_checkpoint_of_another_tuning_does_not_win(made, here):
+    """Lightning would take the checkpoint's settings for the person's, without a word."""
+    photos, base = made / "photos", made / "base.safetensors"
+    lora = (*photo_args(photos, base), *SMALL)
+    assert litflora("fit", "--config", RECIPE, "--config", "tuning/lora", *lora).code == 0
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    result = fit(made, "--ckpt_path", checkpoint, "--trainer.max_epochs", "2")
+    assert_told(result, "another backbone, tuning or number of classes")
 
 
 def test_the_file_with_the_mistake_is_named(made, here):

@@ -286,7 +286,10 @@ def _drop_unneeded_hooks(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model computes exactly what its base does, merged or not."""
+    """Inside, no delta acts, merged or not: the model computes what its frozen base does.
+
+    Parameters that were trained in place, such as a head, stay trained.
+    """
     switched = [
         (layer, adapters) for _, layer, adapters in adapted_layers(model) if adapters.enabled
     ]

@@ -48,7 +48,9 @@ def test_threads_do_not_mix_up_the_weights_of_attention() -> None:
 
     def work() -> None:
         with torch.no_grad():
-            wrong.extend(i for i in range(50) if not torch.equal(net(x, x, x)[0], expected))
+            # A new thread may round otherwise; a mixed-up weight is off by far more.
+            outputs = (net(x, x, x)[0] for _ in range(50))
+            wrong.extend(i for i, y in enumerate(outputs) if (y - expected).abs().max() > 1e-5)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -261,6 +261,7 @@ def test_adapter_for_another_base(made, here):
     assert_told(litflora("test", "--adapter", made / "adapter", *other, *SMALL), "base")
     merge = ("merge", made / "adapter", "--out", "m.safetensors")
     assert_told(litflora(*merge, "--weights", made / "other.safetensors"), "base")
+    assert_told(litflora("merge", made / "adapter", "--out", ""), "--out", "no file name")
     assert files_below(here) == set()
 
 

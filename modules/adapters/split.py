@@ -97,13 +97,21 @@ def _sizes(info: WeightInfo, parts: Parts) -> list[int]:
         sizes = [rows // parts.of] * parts.of
     else:
         sizes = list(parts.of)
-    if sum(sizes) != rows:
-        raise AdapterError(f"{info.name} has {rows} rows, but its parts {sizes} make {sum(sizes)}")
+    if sum(sizes) != rows or min(sizes) < 1:
+        raise AdapterError(
+            f"{info.name} has {rows} rows, but its parts {sizes} make {sum(sizes)}: give the rows "
+            "of each part, all above 0"
+        )
     if info.groups > 1:
         raise AdapterError(
             f"{info.name} is a grouped convolution: its parts are its groups already"
         )
-    if not parts.adapt or not all(0 <= i < len(sizes) for i in parts.adapt):
+    known = set(range(len(sizes)))
+    if (
+        not parts.adapt
+        or not known.issuperset(parts.adapt)
+        or len({*parts.adapt}) < len(parts.adapt)
+    ):
         raise AdapterError(
             f"{info.name} has parts 0 to {len(sizes) - 1}: cannot adapt {parts.adapt}"
         )

@@ -103,6 +103,8 @@ def matches(target: Target, candidate: Candidate) -> bool:
     if isinstance(target, type):
         base = getattr(type(candidate.module), "_litflora_base", type(candidate.module))
         return is_layer and issubclass(base, target)
+    if not isinstance(target, str):
+        raise AdapterError(f"a target is a pattern, a keyword or a layer class, not {target!r}")
     if target in KEYWORDS:
         return candidate.info.kind in KEYWORDS[target]
     if target.startswith("re:"):

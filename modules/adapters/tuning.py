@@ -58,6 +58,7 @@ class DeltaTuning(Tuning):
     parts: dict[str, Parts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_finite(self.dropout, "dropout")
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.path not in ("auto", "side", "merged"):

@@ -16,6 +16,9 @@ from ..heads import classifier_names
 from . import embedded  # registers convnext_shapes with timm
 from .files import classes_in_file, fit_error
 
+# Models that timm knows by a config on the hub or in a folder, not by a name of its own.
+OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")
+
 
 def create(
     name: str,
@@ -26,7 +29,8 @@ def create(
     """Builds a classification backbone.
 
     Args:
-        name: A timm model name, with or without a pretrained tag, or ``convnext_shapes``.
+        name: A timm model name, with or without a pretrained tag, or ``convnext_shapes``;
+            ``hf-hub:user/model`` and ``local-dir:folder`` as timm takes them.
         weights: ``"pretrained"`` fetches timm's weights from the hub; a path reads a local
             .safetensors, .pth or .bin file; ``"embedded"`` is the file inside this package, for
             ``convnext_shapes``; None starts at random.
@@ -69,6 +73,8 @@ def normalization(net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _check_name(name: str) -> None:
+    if name.startswith(OUTSIDE):
+        return
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
@@ -85,8 +91,7 @@ def _check_name(name: str) -> None:
 
 def _size_options(name: str, img_size: int | None) -> dict[str, Any]:
     """What makes the model take images of this size, after checking that it can."""
-    with torch.device("meta"):
-        net = timm.create_model(name)
+    net = _without_weights(name)
     options: dict[str, Any] = {}
     if _takes(net, "dynamic_img_size"):
         options["dynamic_img_size"] = True  # then any multiple of the patch works at inference
@@ -105,6 +110,17 @@ def _size_options(name: str, img_size: int | None) -> dict[str, Any]:
             f"use {below} or {below + patch}"
         )
     return {**options, "img_size": img_size}
+
+
+def _without_weights(name: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except (OSError, ValueError) as error:
+        if not name.startswith(OUTSIDE):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"backbone {name} could not be read: {reason}") from error
 
 
 def _takes(net: nn.Module, argument: str) -> bool:

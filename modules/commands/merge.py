@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges, writes the file and says how to load it."""
+    if not args.out.name or args.out.is_dir():
+        raise IsADirectoryError(f"--out {str(args.out)!r} is no file name: give one that is free")
     if args.out.exists() and not args.force:
         raise FileExistsError(f"{args.out} exists already: give another name, or --force")
     if not args.out.parent.is_dir():

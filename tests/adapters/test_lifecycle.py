@@ -396,3 +396,6 @@ def test_uneven_parts(tuning: Any) -> None:
     bad = net()
     with unchanged(bad), pytest.raises(AdapterError, match=r"(?s)mlp\.0.*12"):
         inject(bad, tuning(targets="mlp.0", parts={"mlp.0": Parts(of=[10, 4], adapt=[1])}))
+    for parts in (Parts(of=[16, -4], adapt=[0]), Parts(of=2, adapt=[0, 0]), Parts(of=0, adapt=[0])):
+        with pytest.raises(AdapterError, match="parts"):
+            inject(bad, tuning(targets="mlp.0", parts={"mlp.0": parts}))

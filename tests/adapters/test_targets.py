@@ -104,6 +104,7 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "keyword_without_such_layers": ({"targets": ["linear", nn.Conv3d]}, "Conv3d"),
     "regex": ({"targets": r"re:stages\.9.*"}, r"stages.+9"),
     "bad_regex": ({"targets": "re:stages(("}, r"(?i)stages\(\("),
+    "number": ({"targets": 5}, "not 5"),
     "half_a_name": ({"targets": "tages.0.0.fc1"}, "tages"),
     "head": ({"targets": "head"}, "head"),
     "trained": ({"targets": ["stem", "down"], "_train": ["down"]}, "down"),

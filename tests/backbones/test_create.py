@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 from tiny import save_base
 
 from litflora.backbones import create, normalization
@@ -127,6 +128,15 @@ def test_a_failing_hub_points_to_local_files(monkeypatch):
     with pytest.raises(ValueError, match="cannot reach the hub\nGive weights a local") as caught:
         create("test_vit", "pretrained")
     assert str(caught.value).count("\n") < 3
+
+
+def test_a_model_in_a_folder(tmp_path):
+    net = timm.create_model("test_vit", num_classes=7)
+    save_for_hf(net, tmp_path)
+    made = create(f"local-dir:{tmp_path}", num_classes=7, img_size=64)
+    assert torch.equal(made.head.weight, net.head.weight)
+    with pytest.raises(ValueError, match="local-dir:nowhere could not be read"):
+        create("local-dir:nowhere")
 
 
 @pytest.mark.parametrize(

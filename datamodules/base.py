@@ -1,5 +1,6 @@
 """What all datamodules share: samples that depend on the seed alone, and their loaders."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -162,6 +163,14 @@ class ClassificationDataModule(LightningDataModule):
         chosen = few_shot(samples.labels, self.samples_per_class, self.seed, self.class_names)
         return samples.take(chosen)
 
+    def contents(self) -> str:
+        """The sizes of the splits that are set up, and the classes, for a person to read."""
+        sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in self.datasets.items())
+        if not self.class_names:
+            return f"{sizes} images"
+        shown = ", ".join([*self.class_names[:5], "..."][: self.num_classes])
+        return f"{sizes} images of {self.num_classes} classes: {shown}"
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Batches in an order drawn anew each epoch."""
         samples = self.datasets["train"]
@@ -187,12 +196,13 @@ class ClassificationDataModule(LightningDataModule):
         collate: Callable[[list[Sample]], Any],
         sampler: EpochSampler | None = None,
     ) -> DataLoader[Sample]:
+        workers = min(self.num_workers, os.cpu_count() or 1)  # more would only wait for each other
         return DataLoader(
             samples,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
             # Its own generator: loading draws nothing from the stream that dropout or mixup use.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .adapters import Probe as Probe
     from .classification import ClassificationModule as ClassificationModule
     from .module import TuningModule as TuningModule
+    from .module import from_adapter as from_adapter
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _PACKAGES = ("adapters", "backbones", "callbacks", "datamodules")
 _HOMES = {
     "ClassificationModule": "classification",
     "TuningModule": "module",
+    "from_adapter": "module",
     **dict.fromkeys(("BitFit", "FLoRA", "Full", "LoRA", "NormTuning", "Probe"), "adapters"),
 }
 __all__ = ["__version__", *_PACKAGES, *_HOMES]

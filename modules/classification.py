@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -51,7 +50,7 @@ class ClassificationModule(TuningModule):
         tuning: Tuning | None = None,
         img_size: int | None = None,
         adapter: str | None = None,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=0.05),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
         head_lr: float | None = None,
         layer_decay: float | None = None,
@@ -71,7 +70,8 @@ class ClassificationModule(TuningModule):
                 suit the backbone are adapted.
             img_size: Side of the images in pixels; None is the backbone's own.
             adapter: Folder of a saved adapter to start from, in place of ``tuning``.
-            optimizer: Makes the optimizer from parameter groups.
+            optimizer: Makes the optimizer from parameter groups; None is AdamW at the
+                tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.

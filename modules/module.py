@@ -15,13 +15,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instan
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import AdamW
 
 from . import adapters
 from .adapters import FLoRA, Tuning, inject, load, read_config
+from .adapters.layers import origin_of
 from .backbones import default_targets, normalization
 from .heads import classifier_names
-from .optim import OneCycle, build_optimizer, scheduler_config
+from .optim import OneCycle, build_optimizer, default_optimizer, scheduler_config
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -61,7 +61,7 @@ class TuningModule(LightningModule):
         weights: str | None = "pretrained",
         tuning: Tuning | None = None,
         adapter: str | None = None,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=0.05),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
         head_lr: float | None = None,
         layer_decay: float | None = None,
@@ -73,7 +73,8 @@ class TuningModule(LightningModule):
             tuning: What is trained; None is ``FLoRA()``. If it names no targets, the layers that
                 suit the backbone are adapted.
             adapter: Folder of a saved adapter to start from, in place of ``tuning``.
-            optimizer: Makes the optimizer from parameter groups.
+            optimizer: Makes the optimizer from parameter groups; None is AdamW at the
+                tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
@@ -137,8 +138,14 @@ class TuningModule(LightningModule):
         """One optimizer over adapters, head and whatever else trains."""
         assert self.net is not None
         heads = classifier_names(self.net)
+        origin = origin_of(self.net, "default").tuning  # of a loaded adapter, too
+        method = origin.get("class", type(self.tuning).__name__)
         optimizer = build_optimizer(
-            self.optimizer_factory, self.net, heads, self.head_lr, self.layer_decay
+            self.optimizer_factory or default_optimizer(method),
+            self.net,
+            heads,
+            self.head_lr,
+            self.layer_decay,
         )
         if self.scheduler_factory is None:
             return optimizer

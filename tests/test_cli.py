@@ -191,6 +191,22 @@ def test_inspect_shows_the_same_of_a_recipe_and_of_its_adapter(adapter, workshop
     assert "adapter_model.safetensors" in saved.out
 
 
+def test_inspect_fetches_nothing_and_names_what_trains_in_place(monkeypatch):
+    def offline(*args, **kwargs):
+        raise AssertionError("weights were fetched")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    shown = litflora(
+        "inspect", "quickstart", "--model.tuning", "BitFit", "--model.weights", "pretrained"
+    )
+    assert shown.code == 0, shown.err
+    assert "trained in place: stem.0.bias" in shown.out
+
+
+def test_the_folder_of_a_run_is_not_its_adapter(adapter):
+    assert litflora("inspect", adapter.parent).err.strip().endswith(f"Did you mean {adapter}?")
+
+
 def test_inspect_follows_overrides_and_writes_nothing(workshop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = photo_args(workshop / "photos", workshop / "base.safetensors")

@@ -20,6 +20,9 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    short = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
+    if page == "README.md":  # which has run the quickstart when it comes to its adapter
+        assert litflora("fit", "--config", "quickstart", *short).code == 0
     found = blocks(page, "python")
     assert found
     for block in found:

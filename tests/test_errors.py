@@ -136,6 +136,33 @@ IN_YAML = {
 }
 
 
+def test_short_names_of_options_are_told_in_full(here):
+    told = {
+        ("--rank", "4"): "'model.init_args.tuning.init_args.rank'",
+        ("--tuning", "LoRA"): "'model.init_args.tuning'",
+        ("--batch_size", "4"): "'data.init_args.batch_size'",
+        ("--trainer.max_epoch", "4"): "'trainer.max_epochs'",
+    }
+    told["--model.optimizer.lr", "1"] = "as in --model.init_args.optimizer AdamW"
+    for option, full in told.items():
+        assert_told(litflora("fit", "--config", "quickstart", *option), full)
+
+
+def test_no_recipe_points_to_recipes_and_adapters(here):
+    assert_told(litflora("test"), "--config quickstart", "litflora recipes", "--adapter")
+
+
+def test_the_last_checkpoint_is_one_of_this_recipe(made, here):
+    assert_told(fit(made, "--ckpt_path", "last"), "no checkpoint", "image_folder_vit_tiny")
+    first = fit(made)
+    assert "9 train, 3 val images of 3 classes: ant, bee, cat" in first.out
+    assert_told(fit(made, "--ckpt_path", "last"), "has had 1 epochs", "trainer.max_epochs")
+    longer = fit(made, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert longer.code == 0, longer.err
+    assert {path.name for path in here.glob(f"runs/{RECIPE}/*")} == {"version_0", "version_1"}
+    assert next(here.glob(f"runs/{RECIPE}/version_1/checkpoints/*")).stem.startswith("epoch=1")
+
+
 @pytest.mark.parametrize("name", IN_YAML)
 def test_mistake_in_yaml(name, made, here):
     text, *parts = IN_YAML[name]

@@ -145,6 +145,26 @@ def adamw(params):
     return AdamW(params, lr=1e-3, weight_decay=0.05)
 
 
+@pytest.mark.parametrize(
+    ("tuning", "rate"), [(FLoRA(rank=2), 5e-3), (LoRA(rank=2), 1e-3), (Full(), 1e-4)]
+)
+def test_each_tuning_has_a_rate_of_its_own(base, tmp_path, tuning, rate):
+    once = {"max_epochs": 1, "limit_train_batches": 1}
+    made, run = module(base, tuning=tuning, lr_scheduler=None), trainer(tmp_path, **once)
+    run.fit(made, Colours())
+    assert {group["lr"] for group in run.optimizers[0].param_groups} == {rate}
+    save(made.net, tmp_path / "adapter")
+    again, run = from_adapter_of(base, tmp_path / "adapter", tuning), trainer(tmp_path, **once)
+    run.fit(again, Colours())
+    assert {group["lr"] for group in run.optimizers[0].param_groups} == {rate}
+
+
+def from_adapter_of(base, folder, tuning):
+    """A module that goes on with an adapter; only in-place tunings must be said again."""
+    said = {"tuning": tuning} if isinstance(tuning, Full) else {}
+    return module(base, adapter=str(folder), lr_scheduler=None, **said)
+
+
 def test_groups_of_an_adapter(base):
     net = built(base, tuning=LoRA(rank=2)).net
     found = groups(build_optimizer(adamw, net, ["head"], head_lr=1e-2))
@@ -339,6 +359,7 @@ def test_load_from_checkpoint_of_a_module_made_by_the_command_line(base, tmp_pat
         "model.init_args.img_size": 32,
         "model.init_args.tuning": "litflora.adapters.LoRA",
         "model.init_args.tuning.init_args.rank": 3,
+        "model.init_args.optimizer": "AdamW",
         "model.init_args.optimizer.init_args.lr": 0.01,
         "model.init_args.lr_scheduler.init_args.warmup": 0.1,
         "data": "tiny.Colours",

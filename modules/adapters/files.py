@@ -169,7 +169,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}")
+        inside = Path(folder) / "adapter"
+        hint = f". Did you mean {inside}?" if (inside / CONFIG).is_file() else ""
+        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

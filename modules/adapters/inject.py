@@ -80,7 +80,17 @@ def inject(
     frozen = [head for head in head_names(model) if not is_inside(head, trained)]
     if planned and frozen:
         report.warnings.append(f"{frozen[0]} is the head and is frozen: train={frozen} trains it")
+    if planned and getattr(tuning, "targets", ()) is None:
+        report.warnings += _passed_over(model, len(planned))
     return report
+
+
+def _passed_over(model: nn.Module, adapted: int) -> list[str]:
+    """Says so if the default targets leave out most of a convolutional network."""
+    left = sum(candidate.info.kind in ("conv", "depthwise") for candidate in candidates(model))
+    if left <= adapted:
+        return []
+    return [f"{left} convolutions beyond 1x1 are not adapted: targets='all' adapts them too"]
 
 
 def plan(model: nn.Module, tuning: DeltaTuning, name: str, trained: Sequence[str]) -> list[Planned]:

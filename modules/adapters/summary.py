@@ -60,6 +60,7 @@ class Summary:
         trainable: Parameters that train, deltas and others.
         total: Parameters of the base.
         adapter_params: Parameters of all deltas.
+        in_place: Names of the base's own parameters that train.
         saved_bytes: Bytes that autograd keeps for the example's backward, parameters left out
             and every storage counted once; None without an example.
         warnings: What deserves a second look.
@@ -69,6 +70,7 @@ class Summary:
     trainable: int = 0
     total: int = 0
     adapter_params: int = 0
+    in_place: list[str] = field(default_factory=list)
     saved_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -109,8 +111,15 @@ class Summary:
         )
         if self.rows:
             names = {"peft": "PEFT's form", "loralib": "loralib", "article": "FLoRA article"}
-            counts = ", ".join(f"{n:,} ({names[form]})" for form, n in self.lora_totals().items())
-            yield f"LoRA of the same ranks, by its formula on convolutions: {counts}"
+            totals = self.lora_totals()
+            if len(set(totals.values())) == 1:
+                yield f"LoRA of the same ranks: {next(iter(totals.values())):,}"
+            else:
+                counts = ", ".join(f"{n:,} ({names[form]})" for form, n in totals.items())
+                yield f"LoRA of the same ranks, by its formula on convolutions: {counts}"
+        if self.in_place:
+            shown, more = self.in_place[:4], len(self.in_place) - 4
+            yield f"trained in place: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
         if any(row.clamped for row in self.rows):
             yield "* clamped: a larger rank was asked for than the weight has"
         if self.saved_bytes is not None:
@@ -141,13 +150,15 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
                 weight = layer._parameters[param]
                 if row.path == "merged" and weight is not None and weight.element_size() < 4:
                     rounded.append(f"{name}: W + dW in {weight.dtype} loses most of a small dW")
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         size = parameter.numel()
         result.trainable += size if parameter.requires_grad else 0
         if id(parameter) in deltas:
             result.adapter_params += size
-        else:
-            result.total += size
+            continue
+        result.total += size
+        if parameter.requires_grad:
+            result.in_place.append(name)
     result.warnings = (
         ([] if example is None else _unused(result, seen))
         + rounded

@@ -248,6 +248,8 @@ def _nothing_matched(target: Target, pool: Sequence[Candidate], what: str) -> st
     if isinstance(target, type) or target in KEYWORDS:
         kinds = sorted({candidate.info.kind for candidate in pool})
         return f"{what}: no layer is {shown!r}; this model has: {', '.join(kinds) or 'no layers'}"
+    if "," in target and not target.startswith("re:"):
+        return f"{what}: '{shown}' is one pattern: give several as a list, [{shown}]"
     names = sorted({name for candidate in pool for name in candidate.names})
     return f"{what}: '{shown}' matches no layer. {nearest(shown, names)}"
 

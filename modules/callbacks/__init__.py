@@ -2,7 +2,8 @@
 
 from .adapter_folder import AdapterFolder
 from .confusion import ConfusionMatrix
+from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
 
-__all__ = ["AdapterFolder", "ConfusionMatrix", "PredictionWriter", "RateProgressBar"]
+__all__ = ["AdapterFolder", "ConfusionMatrix", "Opening", "PredictionWriter", "RateProgressBar"]

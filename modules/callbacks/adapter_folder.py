@@ -68,11 +68,27 @@ class AdapterFolder(Callback):
         weights = "last" if best is None else "best"
         self.message = _message(folder, weights, gain, metadata.get("data"))
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Says how to go on with a run that was interrupted."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.training:
+            print(_interrupted(trainer), flush=True)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
         if self.message:
             print(self.message)
         self.message = ""
+
+
+def _interrupted(trainer: Trainer) -> str:
+    run = log_dir(trainer)
+    left = sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not left:
+        return "\ninterrupted before the first checkpoint: nothing is saved"
+    config, checkpoint = shlex.quote(str(run / "config.yaml")), shlex.quote(str(left[-1]))
+    return f"\ninterrupted; go on with\n    litflora fit --config {config} --ckpt_path {checkpoint}"
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ def _composed(args: argparse.Namespace) -> tuple[TuningModule, dict[str, Any]]:
 
     weights = ["--model.init_args.weights", args.weights] if args.weights else []
     model, data = build(["--config", args.what, *args.overrides, *weights])
+    if model.weights == "pretrained":  # shapes are enough: nothing is fetched
+        model.weights = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="weights is null")
+        model.configure_model()
     return model, dict(data.hparams)
 
 

@@ -26,6 +26,13 @@ _CLASS = re.compile(
 )
 _UNKNOWN = re.compile(r"(?:option|arguments:) '?(?:--)?([\w.]+)|Option '([\w.]+)' is not accepted")
 _WORKER = re.compile(r'Caught (\w+) in DataLoader worker.*File "(.*?)".*\n\1: (.*)', re.S)
+_PLACES = {
+    "model.init_args": ("ClassificationModule",),
+    "model.init_args.tuning.init_args": ("FLoRA", "LoRA"),
+    "data.init_args": ("datamodules.ImageFolderDataModule", "datamodules.VisionDataModule"),
+}
+# What Lightning leaves out.
+_REMEDIES = {"No supported gpu backend found!": " Use --trainer.accelerator cpu"}
 _TOP_LEVEL = ("config", "trainer", "model", "data", "adapter", "ckpt_path", "seed_everything")
 
 
@@ -57,7 +64,9 @@ def _said(error: BaseException) -> str | None:
         _, path, said = worker.groups()
         return said if isinstance(error, _SPOKEN) and path in _files() else None
     if kind.__name__ == "MisconfigurationException":
-        return str(error)
+        return str(error) + _REMEDIES.get(str(error), "")
+    if isinstance(error, ImportError) and "tensorboard" in str(error):
+        return "TensorBoard is not installed: pip install 'litflora[loggers]'"
     return str(error) if isinstance(error, _SPOKEN) and origin.startswith(_SPEAKERS) else None
 
 
@@ -121,13 +130,16 @@ def _reason(error: BaseException, key: str, owner: str, allowed: str) -> str:
     if text.startswith("Unexpected config"):
         return "a recipe holds the keys trainer, model and data; this is something else"
     if "required" in text and re.search(r"\b(model|data)\b", text):
-        return "no model and data to run: name a recipe, `--config quickstart` for one\n" + (
-            "`litflora recipes` lists them"
+        return "no model and data to run: name a recipe, as in --config quickstart\n" + (
+            "`litflora recipes` lists them; test and predict also take --adapter FOLDER"
         )
     if unknown := _UNKNOWN.search(text):
         name = unknown[1] or unknown[2]
+        if owner == "torch.optim.Optimizer":  # none is named: each tuning has its own by default
+            first = key.removesuffix(".init_args")
+            return f"{first}: name its class first, as in --{first} AdamW --{first}.{name} VALUE"
         if owner:
-            kind = owner.rsplit(".", 1)[-1]
+            kind = owner.rpartition(".")[2]
             return f"{key}: {kind} has no option {name!r}{_near(name, _options(owner))}"
         return f"there is no option {name!r}{_near(name, _top_level(name))}"
     return f"{key}: {text}" if key and not text.startswith("Parser key") else text
@@ -148,6 +160,8 @@ def _types(text: str) -> str:
 
 def _near(name: str, known: Iterable[str]) -> str:
     spelling = {each.lower(): each for each in known}
+    if len(spelling) == 1 and next(iter(spelling)).endswith(f".{name.rpartition('.')[2].lower()}"):
+        return f"; did you mean {next(iter(spelling.values()))!r}?"
     if near := get_close_matches(name.lower(), spelling, n=1, cutoff=0.5):
         return f"; did you mean {spelling[near[0]]!r}?"
     return f"\nit has {', '.join(spelling.values())}" if spelling else ""
@@ -171,6 +185,10 @@ def _options(class_path: str) -> list[str]:
 
 
 def _top_level(name: str) -> list[str]:
+    last = name.rpartition(".")[2]
+    for place, owners in _PLACES.items():  # a person may give the last part of a name alone
+        if any(last in _options(f"litflora.{owner}") for owner in owners):
+            return [f"{place}.{last}"]
     if not name.startswith("trainer."):
         return [key + "." + name.partition(".")[2] if "." in name else key for key in _TOP_LEVEL]
     from lightning.pytorch import Trainer

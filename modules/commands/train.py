@@ -41,6 +41,7 @@ _CHATTER = (
     ".*args parameter is intended to run from within Python",
     ".*smaller than the logging interval",
     ".*does not have many workers",
+    ".*dirpath has changed",  # a resumed run is a new version: it always has
 )
 
 
@@ -172,7 +173,11 @@ class LitFloraCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        check_checkpoint(self.config[subcommand].get("ckpt_path"))
+        config = self.config_init[subcommand]
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(newest_checkpoint(self.trainer))
+        max_epochs = self.trainer.max_epochs if subcommand == "fit" else None
+        check_checkpoint(config.get("ckpt_path"), max_epochs)
         folder = own_folder(self.trainer) if self.trainer.is_global_zero else None
         with removed_on_mistake(folder):
             super()._run_subcommand(subcommand)
@@ -185,10 +190,9 @@ def run(command: str, args: list[str]) -> None:
 
 
 def build(args: list[str]) -> tuple[TuningModule, LightningDataModule]:
-    """Builds the model and data that ``args`` describe, and runs nothing."""
+    """Makes the model, without its network, and the data that ``args`` describe; runs nothing."""
     _quieten()
     cli = LitFloraCLI(None, args)
-    cli.model.configure_model()
     return cli.model, cli.datamodule
 
 
@@ -205,7 +209,12 @@ def trainer_defaults(command: str | None, args: list[str]) -> dict[str, Any]:
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": "${...default_root_dir}", "name": _first_config(args) or command},
     }
-    return {"default_root_dir": "runs", "logger": logger, "log_every_n_steps": 10}
+    return {
+        "default_root_dir": "runs",
+        "logger": logger,
+        "log_every_n_steps": 10,
+        "enable_model_summary": False,  # the opening says what trains, `inspect` which weights
+    }
 
 
 def _first_config(args: list[str]) -> str | None:
@@ -237,7 +246,7 @@ def default_callbacks(trainer: Any) -> list[Callback]:
     shown = trainer.enable_progress_bar is not False and not trainer.barebones
     if shown and not any(isinstance(each, ProgressBar) for each in trainer.callbacks or ()):
         found.append(callbacks.RateProgressBar())  # first, so that it is gone when others print
-    return [*found, callbacks.AdapterFolder()]
+    return [*found, callbacks.Opening(), callbacks.AdapterFolder()]
 
 
 def _check_writable(folder: Path) -> None:
@@ -245,21 +254,42 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"no run can be written below {folder}: set trainer.default_root_dir")
 
 
-def check_checkpoint(path: str | None) -> None:
-    """Raises if a checkpoint to start from is not one, before anything is built."""
-    if path is None or path in ("best", "last", "hpc", "registry"):
+def newest_checkpoint(trainer: Trainer) -> Path:
+    """The last checkpoint that any run of this recipe has left."""
+    folder = own_folder(trainer)
+    runs = Path(trainer.default_root_dir) if folder is None else folder.parent
+    found = sorted(runs.glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"there is no checkpoint below {runs}: give --ckpt_path a file")
+    return found[-1]
+
+
+def check_checkpoint(path: str | None, max_epochs: int | None = None) -> None:
+    """Raises if a checkpoint to start from is not one, before anything is built.
+
+    Args:
+        path: What ``--ckpt_path`` names.
+        max_epochs: The length of the fit, which a checkpoint must not have reached.
+    """
+    if path is None or path in ("best", "hpc", "registry"):
         return
     import torch
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state, progress = checkpoint["state_dict"], checkpoint["loops"]["fit_loop"]
+        epochs = progress["epoch_progress"]["current"]["processed"]
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is damaged or no checkpoint of litflora: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no checkpoint of litflora: its state_dict is no dict")
+    if max_epochs is not None and 0 < max_epochs <= epochs:
+        raise ValueError(
+            f"{path} has had {epochs} epochs already: raise trainer.max_epochs above {max_epochs}"
+        )
 
 
 def own_folder(trainer: Trainer) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -105,6 +106,7 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "regex": ({"targets": r"re:stages\.9.*"}, r"stages.+9"),
     "bad_regex": ({"targets": "re:stages(("}, r"(?i)stages\(\("),
     "number": ({"targets": 5}, "not 5"),
+    "two_in_one": ({"targets": "depthwise,linear"}, r"list, \[depthwise,linear\]"),
     "half_a_name": ({"targets": "tages.0.0.fc1"}, "tages"),
     "head": ({"targets": "head"}, "head"),
     "trained": ({"targets": ["stem", "down"], "_train": ["down"]}, "down"),
@@ -256,3 +258,11 @@ def test_get_classifier_says_what_the_head_is() -> None:
     model = Timm()
     inject(model, FLoRA(rank=2))
     assert set(deltas(model)) == {"fc.weight"}
+
+
+def test_default_targets_say_what_they_pass_over() -> None:
+    net = timm.create_model("resnet18")
+    told = "convolutions beyond 1x1 are not adapted: targets='all'"
+    assert any(told in w for w in inject(net, FLoRA(rank=2)).warnings)
+    everything = inject(timm.create_model("resnet18"), FLoRA(rank=2, targets="all"))
+    assert not any(told in w for w in everything.warnings)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from tiny import NAMES, Colours, module, save_base, trainer
 
 from litflora.adapters import FLoRA, read_config
@@ -138,3 +139,24 @@ def test_a_fast_dev_run_writes_nothing(base, tmp_path, capsys):
     fit(base, tmp_path / "run", fast_dev_run=True)
     assert not (tmp_path / "run").exists()
     assert "adapter" not in capsys.readouterr().out
+
+
+def test_an_interrupted_run_says_how_to_go_on(base, tmp_path, capsys):
+    class Interrupt(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    logger = CSVLogger(tmp_path, name="photos")
+    run = trainer(
+        tmp_path,
+        logger=logger,
+        max_epochs=3,
+        callbacks=[AdapterFolder(), Interrupt()],
+        enable_checkpointing=True,
+    )
+    with pytest.raises(SystemExit):
+        run.fit(module(base), Colours())
+    said = capsys.readouterr().out
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert f"litflora fit --config {logger.log_dir}/config.yaml --ckpt_path {checkpoint}" in said

@@ -171,3 +171,19 @@ def test_names_are_imported_when_first_asked_for() -> None:
         _ = datamodules.Nothing
     code = "import sys, litflora.datamodules; assert not {'torch', 'numpy'} & set(sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_contents_count_what_is_set_up(photos: Path) -> None:
+    data = folder(photos, samples_per_class=2)
+    data.setup("fit")
+    sizes = [len(data.datasets[name]) for name in ("train", "val")]
+    names = ", ".join(data.class_names)
+    told = f"{sizes[0]} train, {sizes[1]} val images of {data.num_classes} classes: {names}"
+    assert data.contents() == told
+
+
+def test_workers_are_no_more_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    data = ShapesDataModule(num_workers=8)
+    data.setup("test")
+    assert data.test_dataloader().num_workers == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from .errors import AdapterError
 from .tucker import Factors
 
 Kind = Literal["linear", "conv", "depthwise", "embedding", "attention", "parameter"]
-Path = Literal["auto", "side", "merged"]
+Path = Literal["auto", "side", "rebuilt", "merged"]
+PATHS = get_args(Path)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Delta(nn.Module):
         path: The computing path asked for.
         dropout: Probability of zeroing an input of the side path in training.
         clamped: Whether a larger rank was asked for than the weight has.
+        recompute: Whether an input that a norm or an activation made is made again in backward.
     """
 
     registry: ClassVar[dict[str, type[Delta]]] = {}
@@ -78,8 +80,8 @@ class Delta(nn.Module):
         self, info: WeightInfo, scale: float = 1.0, path: Path = "auto", dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if path not in ("auto", "side", "merged"):
-            raise AdapterError(f"path must be 'auto', 'side' or 'merged', not {path!r}")
+        if path not in PATHS:
+            raise AdapterError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
         if not math.isfinite(scale):
             raise AdapterError(f"the scale must be a finite number, not {scale!r}")
         self.info = info
@@ -87,6 +89,7 @@ class Delta(nn.Module):
         self.path: Path = path
         self.dropout = dropout
         self.clamped = False
+        self.recompute = True
 
     def factory(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of this delta's dtype and device."""

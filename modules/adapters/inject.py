@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .layers import AdapterSet, Origin, adapt, adapted_layers, restore
+from .recompute import is_pointwise, note
 from .selective import Selective
 from .split import split
 from .summary import Summary, summary
@@ -121,6 +122,8 @@ def attach(model: nn.Module, name: str, planned: Sequence[Planned], origin: Orig
             adapt(module)  # it reads the weight of that child without calling it
         if isinstance(module, nn.TransformerEncoderLayer) and any(adapted_layers(module)):
             module.register_forward_pre_hook(_no_fast_path)
+        if planned and is_pointwise(module) and note not in module._forward_hooks.values():
+            module.register_forward_hook(note, with_kwargs=True)
     if planned:
         activate(model, name)
 
@@ -141,8 +144,11 @@ def check_name(model: nn.Module, name: str) -> None:
 def _build(tuning: DeltaTuning, info: WeightInfo, overrides: dict[str, Any]) -> Delta:
     parts = overrides.pop("parts", None)
     if parts is not None:
-        return split(info, parts, lambda part: _build(tuning, part, dict(overrides)))
+        whole = split(info, parts, lambda part: _build(tuning, part, dict(overrides)))
+        whole.recompute = tuning.recompute == "pointwise"
+        return whole
     delta = tuning.build(info, overrides)
+    delta.recompute = tuning.recompute == "pointwise"
     if (tuning.dropout > 0 or tuning.path == "side") and not (info.has_side and delta.tucker()):
         wish = "path='side'" if tuning.path == "side" else "dropout"
         raise AdapterError(
@@ -287,11 +293,20 @@ def _serves_child(layer: nn.Module) -> bool:
 
 
 def _drop_unneeded_hooks(model: nn.Module) -> None:
+    adapted = any(adapted_layers(model))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not any(adapted_layers(module)):
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:
-                del hooks[key]
+            _drop_hook(module._forward_pre_hooks, _no_fast_path)
+        if not adapted:
+            for key in _drop_hook(module._forward_hooks, note):
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _drop_hook(hooks: dict[int, Any], hook: Any) -> list[int]:
+    keys = [key for key, other in hooks.items() if other is hook]
+    for key in keys:
+        del hooks[key]
+    return keys
 
 
 @contextmanager

@@ -7,19 +7,19 @@ made on the fly, whose forward adds the active deltas, and it gains one child, `
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .cache import WeightCache
 from .delta import Delta
-from .ops import Op, op_of, rows
+from .ops import LookUpCall, MapCall, Op, op_of, rows
 from .paths import Total, choose
+from .substitute import Sums, substituted
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class AdapterSet(nn.Module):
         enabled: False inside `disabled`.
         merged: The adapters that the layer's weights hold already, with their weights.
         originals: The untouched weights, while something is merged.
+        cache: W + dW, for inference.
     """
 
     def __init__(self) -> None:
@@ -74,6 +75,10 @@ class AdapterSet(nn.Module):
         self.enabled = True
         self.merged: dict[str, float] = {}
         self.originals: dict[str, Tensor] = {}
+        self.cache = WeightCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": WeightCache()}  # a copy makes its own
 
     def __getitem__(self, name: str) -> Deltas:
         deltas = self._modules[name]
@@ -92,7 +97,14 @@ class AdapterSet(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterSet:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
+        self.cache.clear()
         return self
+
+    def train(self, mode: bool = True) -> AdapterSet:
+        """Sets the mode; in training no weight is kept."""
+        if mode:
+            self.cache.clear()
+        return super().train(mode)
 
     def add(self, name: str, param: str, delta: Delta, origin: Origin) -> None:
         """Adds the delta of one parameter to the adapter ``name``."""
@@ -132,7 +144,7 @@ class Adapted(Layer):
     """The forward of an adapted layer; mixed in before the layer's own class."""
 
     adapters: AdapterSet
-    _litflora_op: Op | None
+    _litflora_op: ClassVar[Op | None]
     _litflora_base: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,25 +154,21 @@ class Adapted(Layer):
         sums = _sums(self)
         if not sums:
             return super().forward(*args, **kwargs)
-        if self._litflora_op is None or list(sums) != ["weight"]:
-            with _substituted(sums):
+        op = type(self)._litflora_op
+        if op is None or list(sums) != ["weight"]:
+            with substituted(sums):
                 return super().forward(*args, **kwargs)
         if kwargs:
             bound = inspect.signature(self._litflora_base.forward).bind(self, *args, **kwargs)
             args = bound.args[1:]
-        return self._forward_by_path(self._litflora_op, sums["weight"][2], args)
+        return self._on_path(op(self, args), sums["weight"][2], args[0])
 
-    def _forward_by_path(self, op: Op, total: Total, args: tuple[Any, ...]) -> Tensor:
-        merged: list[tuple[Delta, float]] = []
-        side: list[tuple[Delta, float]] = []
-        base = cast(Tensor, self.weight)
-        for delta, weight in total.terms:
-            path = choose(delta, rows(args[0], delta), base, self.training)
-            (merged if path == "merged" else side).append((delta, weight))
-        y = op.merged(self, args, Total(merged)) if merged else super().forward(*args)
-        for delta, weight in side:
-            y = _beside(y, op, self, args, delta, weight)
-        return y
+    def _on_path(self, call: MapCall | LookUpCall, total: Total, x: Tensor) -> Tensor:
+        weight, count = cast(Tensor, self.weight), rows(self, x, total.terms[0][0])
+        path = choose(total, count, weight, self.training, torch.is_grad_enabled())
+        if path == "kept":
+            return call.with_weight(self.adapters.cache.get("weight", weight, total, call.dtype))
+        return call.with_delta(total, path)
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         if any(f"{prefix}{param}" in state for param in self.adapters.originals):
@@ -174,22 +182,6 @@ class Adapted(Layer):
         return _restore, (self._litflora_base,), state
 
 
-def _beside(
-    y: Tensor, op: Op, layer: Any, args: tuple[Any, ...], delta: Delta, weight: float
-) -> Tensor:
-    """Adds the low-rank chain of each slice to the slice of ``y`` that it changes."""
-    features = 1 - len(delta.info.shape)  # the channel dimension of y, counted from its end
-    leaves = delta.leaves()
-    if leaves[0][1] is delta:
-        return torch.add(y, op.side(layer, args, delta), alpha=weight * delta.scale)
-    slices = list(y.split_with_sizes([size for size, _ in leaves], features))
-    for i, (_, leaf) in enumerate(leaves):
-        if leaf is not None:
-            chain = op.side(layer, args, leaf)
-            slices[i] = torch.add(slices[i], chain, alpha=weight * leaf.scale)
-    return torch.cat(slices, features)
-
-
 def _restore(base: type[nn.Module]) -> nn.Module:
     cls = adapted_class(base)
     return cls.__new__(cls)
@@ -198,7 +190,12 @@ def _restore(base: type[nn.Module]) -> nn.Module:
 def adapted_class(base: type[nn.Module]) -> type[Adapted]:
     """The adapted subclass of a layer class; one for each, so that equal layers have one type."""
     if base not in _CLASSES:
-        body = {"_litflora_op": op_of(base), "_litflora_base": base, "__module__": base.__module__}
+        op = op_of(base)
+        body = {
+            "_litflora_op": op and staticmethod(op),
+            "_litflora_base": base,
+            "__module__": base.__module__,
+        }
         _CLASSES[base] = type(f"Adapted{base.__name__}", (Adapted, base), body)
     return _CLASSES[base]
 
@@ -250,12 +247,7 @@ def _warn_training_merged(layer: Adapted) -> None:
         )
 
 
-# Layers whose own forward runs with the weight put in its place -----------------------------------
-
-_Sums = dict[str, tuple[nn.Module, str, Total]]
-
-
-def _sums(layer: Any) -> _Sums:
+def _sums(layer: Any) -> Sums:
     """Owner, parameter and delta of every weight that the layer's forward reads."""
     found = {param: (layer, param, total) for param, total in layer.adapters.applied().items()}
     if isinstance(layer, nn.MultiheadAttention) and isinstance(layer.out_proj, Adapted):
@@ -263,83 +255,3 @@ def _sums(layer: Any) -> _Sums:
         for param, total in layer.out_proj.adapters.applied().items():
             found[f"out_proj.{param}"] = (layer.out_proj, param, total)
     return found
-
-
-# Two threads that put weights in the same place would each restore what the other had put there.
-_LOCK = threading.RLock()
-
-
-@contextmanager
-def _substituted(sums: _Sums) -> Iterator[None]:
-    """Puts ``W + dW`` in the place of each weight for one forward."""
-    if torch.compiler.is_compiling():  # which cannot trace a lock
-        with _swapped(sums):
-            yield
-    else:
-        with _LOCK, _swapped(sums):
-            yield
-
-
-@contextmanager
-def _swapped(sums: _Sums) -> Iterator[None]:
-    kept = [(module, param, module._parameters[param]) for module, param, _ in sums.values()]
-    swapped: list[tuple[Tensor, Tensor, Total]] = []
-    for module, param, total in sums.values():
-        weight = module._parameters[param]
-        assert weight is not None
-        added = (weight + total(*total.tensors())).to(weight.dtype)
-        swapped.append((added, weight, total))
-    try:
-        for (module, param, _), (added, _, _) in zip(kept, swapped, strict=True):
-            module._parameters[param] = added  # type: ignore[assignment]
-        with _rebuilt_in_backward(swapped):
-            yield
-    finally:
-        for module, param, weight in kept:
-            module._parameters[param] = weight
-
-
-@dataclass(frozen=True)
-class _Outer:
-    """What the hooks around ours made of a tensor."""
-
-    packed: Any
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _outer_hooks() -> tuple[Callable[..., Any], Callable[..., Tensor]] | None:
-    """The saved-tensor hooks that are active now; torch has no public way to ask."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return tuple(hooks) if hooks else None  # type: ignore[return-value]
-
-
-def _rebuilt_in_backward(
-    swapped: list[tuple[Tensor, Tensor, Total]],
-) -> AbstractContextManager[Any]:
-    """Keeps autograd from saving any ``W + dW``: it saves how to build it again."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return nullcontext()
-    known = {
-        added.untyped_storage().data_ptr(): (weight, total) for added, weight, total in swapped
-    }
-
-    # Hooks do not nest: whatever is not ours goes on to those around us, such as checkpointing's.
-    outer_pack, outer_unpack = _outer_hooks() or (Tensor.detach, _as_it_is)
-
-    def pack(tensor: Tensor) -> Any:
-        source = known.get(tensor.untyped_storage().data_ptr())
-        if source is None:
-            return _Outer(outer_pack(tensor))
-        return (*source, tensor.size(), tensor.stride(), tensor.storage_offset())
-
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, _Outer):
-            return outer_unpack(packed.packed)
-        weight, total, size, stride, offset = packed
-        added = (weight + total(*total.tensors())).to(weight.dtype)
-        return torch.as_strided(added, size, stride, offset)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -132,6 +132,7 @@ def _refuse_disabled(model: nn.Module) -> None:
 def _write(name: str, layer: nn.Module, adapters: AdapterSet) -> list[MergedWeight]:
     """Makes the layer's weights what ``adapters.merged`` says, starting from the originals."""
     report = []
+    adapters.cache.clear()
     sums = adapters.sums(adapters.merged)
     for param in {*sums, *adapters.originals}:
         weight = layer._parameters[param]

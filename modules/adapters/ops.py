@@ -1,13 +1,14 @@
-"""The base operations: how each layer type runs with another weight, and beside a low-rank chain.
+"""The layer types whose computation is known, and how each runs with ``W + dW``.
 
-An operation is a pair of functions over the layer; a layer type without one (attention, a custom
-forward, a raw parameter) runs its own forward with the weight put in its place (see `layers`).
+A layer type that is not here (attention, a custom forward, a raw parameter) runs its own forward
+with the weight put in its place (see `layers`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .delta import Delta
-from .paths import Total, compute_dtype, merged_conv, merged_linear, without_autocast
-from .tucker import expand, mode_product
+from .functions import Merged, Step, Thin, compute_dtype, without_autocast
+from .maps import ConvMap, LinearMap, Map
+from .paths import Total
+from .recompute import source_of
+from .thin import thin
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -24,25 +28,12 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-@dataclass(frozen=True)
-class Op:
-    """How one layer type computes.
-
-    Attributes:
-        merged: ``(layer, args, total) -> y`` with the weight ``W + dW``.
-        side: ``(layer, args, delta) -> y`` of dW alone, by its low-rank chain, without scale.
-    """
-
-    merged: Callable[[Any, tuple[Any, ...], Total], Tensor]
-    side: Callable[[Any, tuple[Any, ...], Delta], Tensor]
-
-
 def op_of(cls: type[nn.Module]) -> Op | None:
-    """The operation of a layer class, or None if its forward is not one that is known here."""
+    """How a layer class computes, or None if its forward is not one that is known here."""
     for base, op in _OPS.items():
         if issubclass(cls, base) and cls.forward is base.forward and _same_conv(cls, base):
             return op
-    return _CONV1D if is_conv1d(cls) else None
+    return _conv1d if is_conv1d(cls) else None
 
 
 def is_conv1d(cls: type) -> bool:
@@ -54,178 +45,153 @@ def _same_conv(cls: type, base: type) -> bool:
     return getattr(cls, "_conv_forward", None) is getattr(base, "_conv_forward", None)
 
 
-def rows(x: Tensor, delta: Delta) -> int:
-    """Positions that the layer maps."""
+def rows(layer: nn.Module, x: Tensor, delta: Delta) -> int:
+    """Positions that the layer maps: those of the output, but of the input if transposed."""
     if delta.info.kind == "embedding":
         return x.numel()
     channels = delta.info.shape[delta.info.in_dim]
     if delta.info.out_dim == 0:
         channels *= delta.info.groups
-    return x.numel() // max(1, channels)
+    stride = layer.stride if isinstance(layer, CONVS) else ()
+    return x.numel() // max(1, channels * math.prod(stride))
 
 
-def dropped(x: Tensor, delta: Delta) -> Tensor:
-    """The input of a delta, with its dropout."""
-    return F.dropout(x, delta.dropout, delta.training) if delta.dropout > 0 else x
+# Linear maps and convolutions ---------------------------------------------------------------------
 
 
-# Linear layers ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MapCall:
+    """One call of a layer that is a map.
+
+    Attributes:
+        map: The map.
+        x: Its input, batched and padded.
+        weight: The weight as the map takes it.
+        bias: The bias.
+        out_dim: The mode of that weight which indexes outputs.
+        swapped: Whether the layer stores the weight the other way round.
+        unbatched: Whether the layer was given one sample without a batch.
+    """
+
+    map: Map
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out_dim: int = 0
+    swapped: bool = False
+    unbatched: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the map computes in.
+
+        Raises:
+            RuntimeError: It is not the weight's, and autocast is off.
+        """
+        dtype = compute_dtype(self.x)
+        cast = dtype != self.x.dtype or torch.is_autocast_enabled(self.x.device.type)
+        if not self.x.is_floating_point() or (dtype != self.weight.dtype and not cast):
+            raise RuntimeError(
+                f"the layer's weight is {self.weight.dtype}, and its input {self.x.dtype}"
+            )
+        return dtype
+
+    def with_weight(self, weight: Tensor) -> Tensor:
+        """The map with another weight, in the layout and type that are stored and computed in."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        y = self.map(self.x.to(self.dtype), weight.T if self.swapped else weight, bias)
+        return y.squeeze(0) if self.unbatched else y
+
+    def with_delta(self, total: Total, path: str) -> Tensor:
+        """The map with ``W + dW``, on one of the paths."""
+        y = self._on_path(total, path)
+        return y.squeeze(0) if self.unbatched else y
+
+    def _on_path(self, total: Total, path: str) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        again = all(delta.recompute for delta, _ in total.terms)
+        recipe, source = source_of(self.x) if again else (None, None)
+        step = Step(self.map, self.out_dim, path == "rebuilt", recipe)
+        tensors: tuple[Tensor | None, ...] = (self.x.to(self.dtype), source, self.weight, bias)
+        if path == "merged":
+            return self._merged(tensors, total, step)
+        dropout = {_dropout(delta) for delta, _ in total.terms} - {0.0}
+        if not dropout:
+            return self._thin(tensors, total, step)
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if len(total.terms) > 1 or traced or self.x.is_meta:
+            return self._beside(total)
+        seed = int(torch.randint(2**62, ()))
+        return self._thin(tensors, total, replace(step, dropout=dropout.pop(), seed=seed))
+
+    def _merged(self, tensors: tuple[Tensor | None, ...], total: Total, step: Step) -> Tensor:
+        make = _Swapped(total.terms) if self.swapped else total
+        factors = total.tensors()
+        # dW is an input so that autograd carries its gradient on to the factors; the factors are
+        # inputs so that dW can be built again, and factors that were changed be noticed.
+        y: Tensor = Merged.apply(*tensors, make(*factors), make, step, *factors)
+        return y
+
+    def _thin(self, tensors: tuple[Tensor | None, ...], total: Total, step: Step) -> Tensor:
+        y: Tensor = Thin.apply(*tensors, *self._factors(total.terms), step)
+        return y
+
+    def _beside(self, total: Total) -> Tensor:
+        """Every delta as a chain of torch's own operations, with a dropout of its own."""
+        x, weight = self.x.to(self.dtype), self.weight.to(self.dtype)
+        y = self.map(x, weight, None if self.bias is None else self.bias.to(self.dtype))
+        for delta, share in total.terms:
+            widen, narrow = (t.to(self.dtype) for t in self._factors([(delta, share)]))
+            hidden = self.map.hidden(F.dropout(x, _dropout(delta)), narrow)
+            y = self.map.plus_widened(y, hidden, widen)
+        return y
+
+    def _factors(self, terms: list[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
+        with without_autocast(self.x.device.type):
+            widen, narrow = thin(terms)
+        if self.swapped:
+            return widen, narrow.T
+        if isinstance(self.map, ConvMap) and self.map.groups > 1:  # every group has the same A
+            if self.map.transposed:  # whose weight has the inputs of all groups already
+                return _repeat(widen, self.map.groups), narrow
+            return widen, _repeat(narrow, self.map.groups)
+        return widen, narrow
 
 
-def _linear_merged(layer: nn.Linear, args: tuple[Any, ...], total: Total) -> Tensor:
-    return merged_linear(args[0], layer.weight, total, layer.bias)
+def _dropout(delta: Delta) -> float:
+    return delta.dropout if delta.training else 0.0
 
 
-def _linear_side(layer: nn.Linear, args: tuple[Any, ...], delta: Delta) -> Tensor:
-    core, (widen, narrow) = _tucker(delta, compute_dtype(args[0]))
-    return _chain(dropped(args[0], delta), core, widen, narrow)
-
-
-def _chain(x: Tensor, core: Tensor, widen: Tensor | None, narrow: Tensor | None) -> Tensor:
-    """``x N C^T B^T`` for the core C ``[r_out, r_in]``, B ``[out, r_out]`` and N ``[in, r_in]``."""
-    if narrow is None:
-        x = F.linear(x, core)
-        return x if widen is None else F.linear(x, widen)
-    # B C costs out * r * r once; C on its own would cost rows * r * r and keep an intermediate.
-    return F.linear(x @ narrow, core if widen is None else widen @ core)
-
-
-def _conv1d_merged(layer: Any, args: tuple[Any, ...], total: Total) -> Tensor:
-    x = args[0]
-    y = merged_linear(
-        x.reshape(-1, x.shape[-1]), layer.weight.T, _TransposedTotal(total), layer.bias
-    )
-    return y.view(*x.shape[:-1], layer.weight.shape[1])
-
-
-def _conv1d_side(layer: Any, args: tuple[Any, ...], delta: Delta) -> Tensor:
-    core, (narrow, widen) = _tucker(delta, compute_dtype(args[0]))
-    return _chain(dropped(args[0], delta), core.T, widen, narrow)
-
-
-class _TransposedTotal(Total):
+class _Swapped(Total):
     """The sum of the deltas of a ``[in, out]`` weight, as ``[out, in]``."""
-
-    def __init__(self, total: Total) -> None:
-        super().__init__(total.terms)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         return super().__call__(*tensors).T
 
 
-# Embeddings -------------------------------------------------------------------------------------
+def _linear(layer: nn.Linear, args: tuple[Any, ...]) -> MapCall:
+    return MapCall(LinearMap(), args[0], layer.weight, layer.bias)
 
 
-def _embedding_merged(layer: nn.Embedding, args: tuple[Any, ...], total: Total) -> Tensor:
-    # The look-up's backward keeps the indices alone, so W + dW is not kept here either.
-    weight = layer.weight + total(*total.tensors())
-    return F.embedding(
-        args[0],
-        weight.to(layer.weight.dtype),
-        layer.padding_idx,
-        scale_grad_by_freq=layer.scale_grad_by_freq,
-    )
+def _conv1d(layer: Any, args: tuple[Any, ...]) -> MapCall:
+    return MapCall(LinearMap(), args[0], layer.weight.T, layer.bias, swapped=True)
 
 
-def _embedding_side(layer: nn.Embedding, args: tuple[Any, ...], delta: Delta) -> Tensor:
-    indices = args[0]
-    core, (rows_factor, widen) = _tucker(delta, layer.weight.dtype)
-    with without_autocast(indices.device.type):  # as the look-up itself
-        x = dropped(F.embedding(indices, core if rows_factor is None else rows_factor), delta)
-        x = x if rows_factor is None else x @ core
-        y = x if widen is None else F.linear(x, widen)
-        if layer.padding_idx is None:
-            return y
-        return y * (indices != layer.padding_idx).unsqueeze(-1)
-
-
-# Convolutions -----------------------------------------------------------------------------------
-
-
-def _conv_merged(layer: Conv, args: tuple[Any, ...], total: Total) -> Tensor:
+def _conv(layer: Conv, args: tuple[Any, ...]) -> MapCall:
     x, unbatched = _batched(layer, args[0])
     x, padding = _padded(layer, x)
     zeros = [0] * len(layer.kernel_size)
-    geometry = (list(layer.stride), padding, list(layer.dilation), False, zeros, layer.groups)
-    y = merged_conv(x, layer.weight, total, layer.bias, geometry)
-    return y.squeeze(0) if unbatched else y
+    stride, dilation = list(layer.stride), list(layer.dilation)
+    conv = ConvMap(stride, padding, dilation, False, zeros, layer.groups)
+    return MapCall(conv, x, layer.weight, layer.bias, unbatched=unbatched)
 
 
-def _conv_side(layer: Conv, args: tuple[Any, ...], delta: Delta) -> Tensor:
+def _transposed(layer: Transposed, args: tuple[Any, ...]) -> MapCall:
     x, unbatched = _batched(layer, args[0])
-    core, (widen, narrow, *kernel) = _tucker(delta, compute_dtype(x))
-    core = expand(core, [None, None, *kernel])
-    conv = _FUNCTIONS[len(kernel)]
-    x = dropped(x, delta)
-    if narrow is not None and tuple(layer.stride) == tuple(layer.kernel_size):
-        core = mode_product(core, narrow, 1)  # patches: one thin conv reads each pixel once
-    elif narrow is not None:
-        x = conv(x, _pointwise(_repeat(narrow.T, layer.groups), kernel), groups=layer.groups)
-    # A pointwise map without bias commutes with any padding, so the thin tensor is padded.
-    x, padding = _padded(layer, x)
-    kernels = core if widen is None else _repeat(core, layer.groups)
-    y = conv(x, kernels, None, layer.stride, padding, layer.dilation, layer.groups)
-    if widen is not None:
-        y = conv(y, _pointwise(widen, kernel), groups=layer.groups)
-    return y.squeeze(0) if unbatched else y
-
-
-def _transposed_merged(layer: Transposed, args: tuple[Any, ...], total: Total) -> Tensor:
-    x, unbatched = _batched(layer, args[0])
-    geometry = (
-        list(layer.stride),
-        list(layer.padding),
-        list(layer.dilation),
-        True,
-        _output_padding(layer, args),
-        layer.groups,
-    )
-    y = merged_conv(x, layer.weight, total, layer.bias, geometry)
-    return y.squeeze(0) if unbatched else y
-
-
-def _transposed_side(layer: Transposed, args: tuple[Any, ...], delta: Delta) -> Tensor:
-    x, unbatched = _batched(layer, args[0])
-    core, (narrow, widen, *kernel) = _tucker(delta, compute_dtype(x))
-    core = expand(core, [None, None, *kernel])
-    n, groups = len(kernel), layer.groups
-    x = dropped(x, delta)
-    if narrow is not None:  # [in, r] holds one [in / groups, r] map for each group
-        by_group = narrow.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        x = _FUNCTIONS[n](x, _pointwise(by_group, kernel), groups=groups)
-        core = _repeat(core, groups)
-    y = _TRANSPOSED_FUNCTIONS[n](
-        x,
-        core,
-        None,
-        layer.stride,
-        layer.padding,
-        _output_padding(layer, args),
-        groups,
-        layer.dilation,
-    )
-    if widen is not None:
-        y = _FUNCTIONS[n](y, _pointwise(_repeat(widen, groups), kernel), groups=groups)
-    return y.squeeze(0) if unbatched else y
-
-
-_FUNCTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED_FUNCTIONS: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
-
-
-def _tucker(delta: Delta, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-    """The core and factors in the type of the computation.
-
-    The small factors are cast, never the input: that would keep a second copy of it.
-    """
-    form = delta.tucker()
-    assert form is not None
-    core, factors = form
-    return core.to(dtype), [None if factor is None else factor.to(dtype) for factor in factors]
+    more, stride, dilation = _output_padding(layer, args), list(layer.stride), list(layer.dilation)
+    padding = [int(side) for side in layer.padding]
+    conv = ConvMap(stride, padding, dilation, True, more, layer.groups)
+    return MapCall(conv, x, layer.weight, layer.bias, out_dim=1, unbatched=unbatched)
 
 
 def _batched(layer: Conv | Transposed, x: Tensor) -> tuple[Tensor, bool]:
@@ -257,18 +223,72 @@ def _output_padding(layer: Transposed, args: tuple[Any, ...]) -> list[int]:
     return layer._output_padding(args[0], size, stride, padding, kernel, len(kernel), dilation)
 
 
-def _pointwise(matrix: Tensor, kernel: list[Any]) -> Tensor:
-    return matrix.reshape(*matrix.shape, *[1] * len(kernel))
-
-
 def _repeat(kernel: Tensor, groups: int) -> Tensor:
-    return kernel if groups == 1 else kernel.repeat(groups, *[1] * (kernel.dim() - 1))
+    return kernel.repeat(groups, *[1] * (kernel.dim() - 1))
 
+
+# Embeddings ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookUpCall:
+    """One call of an embedding."""
+
+    layer: nn.Embedding
+    indices: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the rows."""
+        return self.layer.weight.dtype
+
+    def with_weight(self, weight: Tensor) -> Tensor:
+        """The look-up in another weight."""
+        # Its backward keeps the indices alone, so W + dW is not kept here either.
+        layer = self.layer
+        return F.embedding(
+            self.indices, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq
+        )
+
+    def with_delta(self, total: Total, path: str) -> Tensor:
+        """The look-up in ``W + dW``, or in W and in the factors."""
+        weight = self.layer.weight
+        if path == "merged":
+            return self.with_weight((weight + total(*total.tensors())).to(weight.dtype))
+        y = self.with_weight(weight)
+        for delta, share in total.terms:
+            slices = [
+                y.new_zeros(*y.shape[:-1], size) if leaf is None else share * self._chain(leaf)
+                for size, leaf in delta.leaves()
+            ]
+            y = y + torch.cat(slices, -1)
+        return y
+
+    def _chain(self, delta: Delta) -> Tensor:
+        form = delta.tucker()
+        assert form is not None
+        core = form[0].to(self.dtype)
+        rows_factor, widen = (None if f is None else f.to(self.dtype) for f in form[1])
+        with without_autocast(self.indices.device.type):  # as the look-up itself
+            x = F.embedding(self.indices, core if rows_factor is None else rows_factor)
+            x = F.dropout(x, _dropout(delta))
+            x = x if rows_factor is None else x @ core
+            y = x if widen is None else F.linear(x, widen)
+            if self.layer.padding_idx is not None:
+                y = y * (self.indices != self.layer.padding_idx).unsqueeze(-1)
+            return delta.scale * y
+
+
+def _embedding(layer: nn.Embedding, args: tuple[Any, ...]) -> LookUpCall:
+    return LookUpCall(layer, args[0])
+
+
+# Describes one call of a layer from the layer and its arguments.
+Op = Callable[[Any, tuple[Any, ...]], MapCall | LookUpCall]
 
 _OPS: dict[type[nn.Module], Op] = {
-    nn.Linear: Op(_linear_merged, _linear_side),
-    nn.Embedding: Op(_embedding_merged, _embedding_side),
-    **{cls: Op(_conv_merged, _conv_side) for cls in CONVS},
-    **{cls: Op(_transposed_merged, _transposed_side) for cls in TRANSPOSED},
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    **dict.fromkeys(CONVS, _conv),
+    **dict.fromkeys(TRANSPOSED, _transposed),
 }
-_CONV1D = Op(_conv1d_merged, _conv1d_side)

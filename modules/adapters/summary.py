@@ -14,7 +14,7 @@ from .delta import Delta
 from .layers import adapted_layers
 from .lora import conv_parameter_counts
 from .ops import rows as rows_of
-from .paths import choose
+from .paths import Total, choose
 
 # Rows assumed where no example shows how many a layer maps: enough not to be what decides.
 MANY_ROWS = 1 << 20
@@ -220,7 +220,7 @@ def _counting_rows(model: nn.Module) -> Iterator[dict[str, int]]:
     def hook_of(name: str, delta: Delta) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                seen[name] = rows_of(args[0], delta)
+                seen[name] = rows_of(module, args[0], delta)
 
         return hook
 
@@ -255,7 +255,9 @@ def _row(
         clamped=delta.clamped,
         params=sum(p.numel() for p in delta.parameters()),
         full_params=weight.numel(),
-        path=choose(delta, MANY_ROWS if seen is None else seen, weight, layer.training),
+        path=choose(
+            Total([(delta, 1.0)]), MANY_ROWS if seen is None else seen, weight, layer.training
+        ),
         lora_params=conv_parameter_counts(info, rank),
     )
 

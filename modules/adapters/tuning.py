@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .delta import Delta, Path, WeightInfo
+from .delta import PATHS, Delta, Path, WeightInfo
 from .errors import AdapterError
 
 Target = str | type[nn.Module]
+Recompute = Literal["pointwise", "none"]
 
 
 @dataclass
@@ -43,7 +44,9 @@ class DeltaTuning(Tuning):
 
     Attributes:
         dropout: Probability of dropping an input of the delta in training; needs the side path.
-        path: "side", "merged", or "auto" to follow the layer's shape (see `paths`).
+        path: "side", "rebuilt", "merged", or "auto" to follow the layer's shape (see `paths`).
+        recompute: "pointwise" makes an input that comes from a norm or an activation again in
+            backward, "none" keeps it (see `recompute`).
         targets: What gets a delta; None is every linear and pointwise layer (see `targets`).
         exclude: What does not, though a target names it.
         rank_pattern: Ranks of their own for the layers that a pattern names.
@@ -52,6 +55,7 @@ class DeltaTuning(Tuning):
 
     dropout: float = 0.0
     path: Path = "auto"
+    recompute: Recompute = "pointwise"
     targets: Target | list[Target] | None = None
     exclude: Target | list[Target] = field(default_factory=list)
     rank_pattern: dict[str, int | list[int]] = field(default_factory=dict)
@@ -61,11 +65,14 @@ class DeltaTuning(Tuning):
         check_finite(self.dropout, "dropout")
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.path not in ("auto", "side", "merged"):
-            raise AdapterError(f"path must be 'auto', 'side' or 'merged', not {self.path!r}")
-        if self.dropout > 0 and self.path == "merged":
+        if self.path not in PATHS:
+            raise AdapterError(f"path must be one of {', '.join(PATHS)}, not {self.path!r}")
+        if self.recompute not in get_args(Recompute):
+            allowed = " or ".join(map(repr, get_args(Recompute)))
+            raise AdapterError(f"recompute must be {allowed}, not {self.recompute!r}")
+        if self.dropout > 0 and self.path in ("rebuilt", "merged"):
             raise AdapterError(
-                "dropout acts on the input of the side path: the merged path has none. "
+                f"dropout acts on the input of the side path: the {self.path} path has none. "
                 "Use dropout=0 or path='side'"
             )
         for value in self.rank_pattern.values():

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from litflora.adapters import FLoRA, LoRA, Tuning, inject
 
-PATHS = ("side", "merged", "auto")
+PATHS = ("side", "rebuilt", "merged", "auto")
 
 
 class Holder(nn.Module):

@@ -1,0 +1,86 @@
+"""Unmerged inference at the price of the base: W + dW, kept while nothing it is made of changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .paths import Total
+
+# Steps of any optimizer: fused ones write to parameters without moving their version counters.
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    parts: tuple[Tensor, ...]
+    storages: tuple[torch.UntypedStorage, ...]  # held, so that no other takes their address
+    state: tuple[object, ...]
+    value: Tensor
+
+
+class WeightCache:
+    """W + dW of one layer, by parameter.
+
+    A weight is made again when a factor, the base weight, a scale or the choice of adapters has
+    changed, or an optimizer has stepped. Changes are seen by torch's version counters, which a
+    write through ``tensor.data`` does not move: ``train()`` forgets what is kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Kept] = {}
+
+    def clear(self) -> None:
+        """Forgets every weight."""
+        self._kept.clear()
+
+    def get(self, param: str, weight: Tensor, total: Total, dtype: torch.dtype) -> Tensor:
+        """Returns ``W + dW`` in ``dtype``, for a forward without gradients."""
+        parts = (weight, *total.tensors())
+        if not may_keep(parts):
+            return _added(weight, total, dtype)
+        scales = [
+            (share, leaf and leaf.scale) for d, share in total.terms for _, leaf in d.leaves()
+        ]
+        state = (dtype, _steps, *scales, *((part._version, part.data_ptr()) for part in parts))
+        kept = self._kept.get(param)
+        if kept is None or kept.state != state or any(map(_differ, kept.parts, parts)):
+            self._kept.pop(param, None)  # before the new one, so that there are never two
+            storages = tuple(part.untyped_storage() for part in parts)
+            kept = _Kept(parts, storages, state, _added(weight, total, dtype))
+            self._kept[param] = kept
+        return kept.value
+
+
+def may_keep(parts: tuple[Tensor, ...]) -> bool:
+    """Whether changes of these tensors can be seen later."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(map(_is_unwatched, parts))
+
+
+def _is_unwatched(part: Tensor) -> bool:
+    """Whether a tensor can change unseen: another process may write to shared memory."""
+    if type(part) not in (Tensor, nn.Parameter) or part.is_inference() or part.is_meta:
+        return True
+    return part.device.type == "cpu" and part.is_shared()
+
+
+def _added(weight: Tensor, total: Total, dtype: torch.dtype) -> Tensor:
+    return (weight + total(*total.tensors())).to(dtype)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return one is not other

@@ -46,6 +46,8 @@ class MergeReport:
         if not self.rows:
             return text
         worst = max(self.rows, key=lambda row: row.lost)
+        if worst.lost == 0:
+            return f"{text}; rounding lost nothing"
         return f"{text}; rounding lost at most {worst.lost:.2g} of a delta ({worst.name})"
 
 

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{report}\n{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, loads without litflora:")
+    print("    import safetensors.torch, timm")
     print(f"    {_call(module)}.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
 
 

@@ -295,15 +295,20 @@ def compare(args: argparse.Namespace) -> str:
         steppers[name] = Stepper(VARIANTS[name](net), batch, size, args.device)
     saved = {name: stepper.saved() for name, stepper in steppers.items()}
     times = alternate(steppers, args.repetitions, args.device)
+    peaks = {name: s.peak() for name, s in steppers.items()} if args.device == "cuda" else {}
     heads = ["variant", "trained", "ms", *(f"/ {each}" for each in ("full", "PEFT", "floor"))]
-    lines = [f"| {' | '.join([*heads, 'saved MiB', '/ full', '/ PEFT'])} |", "|---" * 9 + "|"]
+    heads += ["saved MiB", "/ full", "/ PEFT", *(["peak MiB", "/ PEFT"] if peaks else [])]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, stepper in steppers.items():
         count = sum(p.numel() for p in stepper.model.parameters() if p.requires_grad)
         bases = ("full", "PEFT LoRA, linear", "floor")
         ratios = [ratio(times[name], times.get(base)) for base in bases]
         memory = [ratio(saved[name], saved.get(base)) for base in bases[:2]]
         cells = [name, f"{count / 1e6:.2f} M", f"{1000 * times[name]:.0f}", *ratios]
-        lines.append(f"| {' | '.join([*cells, f'{saved[name] / 2**20:.1f}', *memory])} |")
+        cells += [f"{saved[name] / 2**20:.1f}", *memory]
+        if peaks:
+            cells += [f"{peaks[name] / 2**20:.1f}", ratio(peaks[name], peaks.get(bases[1]))]
+        lines.append(f"| {' | '.join(cells)} |")
     draw(args, times, saved)
     title = f"{args.model}, {size} pixels, batch {batch}, rank {RANK}, {about(args)}"
     return "\n".join([title, "", *lines])

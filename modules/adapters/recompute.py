@@ -39,6 +39,7 @@ class Recipe:
         state: What else the output depends on.
         autocast: The type that autocast worked in then, or None if it was off.
         output: The output itself, as long as anybody else holds it.
+        version: The output's state then.
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class Recipe:
     state: tuple[Any, ...]
     autocast: torch.dtype | None
     output: TensorWeakRef
+    version: int
 
     def __call__(self, source: Tensor) -> Tensor:
         """Makes the output again.
@@ -55,7 +57,7 @@ class Recipe:
         """
         if torch.is_grad_enabled():  # a second derivative may be asked for by the output itself
             output = self.output()
-            if output is not None:
+            if output is not None and output._version == self.version:
                 return output
         if _state(self.module, self.parameters) != self.state:
             raise RuntimeError(
@@ -100,7 +102,7 @@ def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     autocast = torch.get_autocast_dtype(device) if on else None
     parameters = dict(module.named_parameters())
     state, made = _state(module, parameters), TensorWeakRef(output)
-    recipe = Recipe(module, parameters, state, autocast, made)
+    recipe = Recipe(module, parameters, state, autocast, made, output._version)
     versions = args[0]._version, output._version
     # Weak on both sides: a note keeps nothing alive that autograd does not.
     _notes[output] = recipe, TensorWeakRef(args[0]), versions
@@ -124,5 +126,5 @@ def source_of(x: Tensor) -> tuple[Recipe | None, Tensor | None]:
 
 
 def _state(module: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[Any, ...]:
-    tensors = ((p._version, p.data_ptr()) for p in parameters.values())
-    return (getattr(module, "eps", None), *tensors)
+    versions = (parameter._version for parameter in parameters.values())
+    return (getattr(module, "eps", None), *versions)

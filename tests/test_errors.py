@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from shell import (
     CLASSES,
     SMALL,
@@ -146,6 +147,19 @@ def test_short_names_of_options_are_told_in_full(here):
     told["--model.optimizer.lr", "1"] = "as in --model.init_args.optimizer AdamW"
     for option, full in told.items():
         assert_told(litflora("fit", "--config", "quickstart", *option), full)
+
+
+def test_a_checkpoint_of_weights_alone_can_be_tested(made, here):
+    assert fit(made).code == 0
+    (whole,) = here.rglob("*.ckpt")
+    checkpoint = torch.load(whole, weights_only=True)
+    for key in ("loops", "optimizer_states", "lr_schedulers"):
+        del checkpoint[key]
+    torch.save(checkpoint, "weights.ckpt")
+    photos = photo_args(made / "photos", made / "base.safetensors")
+    words = ("test", "--config", RECIPE, *photos, *SMALL[:-2], "--ckpt_path", "weights.ckpt")
+    tested = litflora(*words)
+    assert tested.code == 0, tested.err
 
 
 def test_no_recipe_points_to_recipes_and_adapters(here):

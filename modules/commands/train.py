@@ -279,8 +279,10 @@ def check_checkpoint(path: str | None, max_epochs: int | None = None) -> None:
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state, progress = checkpoint["state_dict"], checkpoint["loops"]["fit_loop"]
-        epochs = progress["epoch_progress"]["current"]["processed"]
+        state = checkpoint["state_dict"]
+        # One of weights alone does not say how far it has come, and is as good to test.
+        loops = checkpoint.get("loops")
+        epochs = loops["fit_loop"]["epoch_progress"]["current"]["processed"] if loops else 0
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is damaged or no checkpoint of litflora: {reason}") from error

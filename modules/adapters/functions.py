@@ -9,6 +9,7 @@ of an input that a norm or an activation made they save what it was made from (s
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from .recompute import Recipe
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A context in which nothing is cast; devices such as "meta" know no autocast."""
-    if not torch.amp.is_autocast_available(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
@@ -59,19 +60,23 @@ class Step:
         """The layer's input, from what was saved of it."""
         return saved if self.recipe is None else self.recipe(saved).to(dtype)
 
-    def kernel(self, weight: Tensor, widen: Tensor, narrow: Tensor, dtype: torch.dtype) -> Tensor:
-        """W, or W + dW made in the precision of the factors."""
+    def kernel(self, weight: Tensor, widen: Tensor, narrow: Tensor, x: Tensor) -> Tensor:
+        """W, or W + dW made in the precision of the factors, for an input like ``x``."""
         if not self.rebuild:
-            return weight.to(dtype)
+            return weight.to(x.dtype)
         wide = torch.promote_types(weight.dtype, widen.dtype)
+        widen, narrow = widen.to(wide), narrow.to(wide)
         with without_autocast(weight.device.type):
-            if narrow.dim() == 2 and self.out_dim == 0 and not weight.is_contiguous():
-                return (weight + widen @ narrow).to(dtype)  # laid out in memory as the weight is
-            if self.out_dim == 0 and weight.is_contiguous():
-                flat, thin = weight.flatten(1).to(wide), narrow.flatten(1).to(wide)
-                return torch.addmm(flat, widen.to(wide), thin).view(weight.shape).to(dtype)
-            dense = torch.tensordot(widen, narrow, dims=([1], [self.out_dim]))
-            return (weight + dense.movedim(0, self.out_dim)).to(dtype)
+            if self.out_dim != 0:
+                dense = torch.tensordot(widen, narrow, dims=([1], [self.out_dim]))
+                return (weight + dense.movedim(0, self.out_dim)).to(x.dtype)
+            if not self.map.wants_channels_last(x):
+                dense = (widen @ narrow.flatten(1)).view(weight.shape)
+                added = plus(dense, weight) if weight.is_contiguous() else weight + dense
+                return added.to(x.dtype)  # laid out as the weight is
+            last = weight.movedim(1, -1)  # one pass lays W out, too, which torch would do after it
+            dense = widen @ narrow.movedim(1, -1).flatten(1)
+            return plus(dense.view(last.shape), last).movedim(-1, 1).to(x.dtype)
 
     def keep(self, x: Tensor) -> Tensor | None:
         """What dropout leaves of an input, as ones and zeros; None without dropout."""
@@ -109,7 +114,8 @@ class Thin(torch.autograd.Function):
         step: Step,
     ) -> Tensor:
         """The output."""
-        y = step.map(x, step.kernel(weight, widen, narrow, x.dtype), bias)
+        x = step.map.prepared(x)
+        y = step.map(x, step.kernel(weight, widen, narrow, x), bias)
         if step.rebuild:
             return y
         hidden = step.map.hidden(_kept(x, step.keep(x)), step.amplified(narrow.to(x.dtype)))
@@ -138,16 +144,17 @@ def _thin_grads(ctx: Any, gy: Tensor) -> Any:
     wants, maps = ctx.needs_input_grad, step.map
     wide, thin = widen.to(gy.dtype), step.amplified(narrow.to(gy.dtype))
     g_hidden = maps.hidden_grad(gy, wide)
-    x = None if saved is None else step.input(saved, gy.dtype)
+    x = None if saved is None else maps.prepared(step.input(saved, gy.dtype))
     keep = None if x is None else step.keep(x)
     gx = gw = gb = g_widen = g_narrow = None
     if wants[0]:
         like = maps.stand_in(gy, ctx.shape) if x is None else x
-        gx = maps.input_grad(gy, step.kernel(weight, widen, narrow, gy.dtype), like)
+        gx = maps.input_grad(gy, step.kernel(weight, widen, narrow, like), like)
         if keep is not None:
-            gx = plus(gx, _kept(maps.input_grad(g_hidden, thin, like), keep))
+            gx = plus(gx, _kept(maps.narrowed_grad(g_hidden, thin, like), keep))
         elif not step.rebuild:
             gx = maps.plus_input_grad(gx, g_hidden, thin)
+        gx = maps.restored(gx, ctx.shape)
     if x is not None and wants[2]:
         gw = maps.weight_grad(gy, x, weight.shape).to(weight.dtype)
     if x is not None and (wants[4] or wants[5]):
@@ -176,7 +183,7 @@ class Merged(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         """The output."""
-        return step.map(x, (weight + delta).to(x.dtype), bias)
+        return step.map(step.map.prepared(x), (weight + delta).to(x.dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -204,17 +211,24 @@ def _merged_grads(ctx: Any, gy: Tensor) -> Any:
     wants = ctx.needs_input_grad
     gx = gw = gb = None
     kernel = (weight + ctx.make(*tensors)).to(gy.dtype) if wants[0] else None
-    x = None if saved is None else step.input(saved, gy.dtype)
+    maps = step.map
+    x = None if saved is None else maps.prepared(step.input(saved, gy.dtype))
     if kernel is not None and x is not None:
-        gx, gw = step.map.grads(gy, kernel, x)
+        gx, gw = maps.grads(gy, kernel, x)
     elif kernel is not None:
-        gx = step.map.input_grad(gy, kernel, step.map.stand_in(gy, ctx.shape))
+        gx = maps.input_grad(gy, kernel, maps.stand_in(gy, ctx.shape))
     elif x is not None:
-        gw = step.map.weight_grad(gy, x, weight.shape)
+        gw = maps.weight_grad(gy, x, weight.shape)
+    gx = None if gx is None else maps.restored(gx, ctx.shape)
     gw = None if gw is None else gw.to(ctx.delta_dtype)
     if wants[3]:
         gb = step.map.bias_grad(gy)
     return gx, None, gw if wants[2] else None, gb, gw, None, None, *[None] * len(tensors)
+
+
+# torch binds the arguments of every call to the signature, which takes longer to find than to use.
+for _function in (Thin, Merged):
+    vars(_function)["forward"].__func__.__signature__ = inspect.signature(_function.forward)
 
 
 def _shape(x: Tensor) -> torch.Size:

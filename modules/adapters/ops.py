@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .delta import Delta
 from .functions import Merged, Step, Thin, compute_dtype, without_autocast
 from .maps import ConvMap, LinearMap, Map
+from .patches import PatchMap, suits
 from .paths import Total
 from .recompute import source_of
 from .thin import thin
@@ -99,7 +100,8 @@ class MapCall:
     def with_weight(self, weight: Tensor) -> Tensor:
         """The map with another weight, in the layout and type that are stored and computed in."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        y = self.map(self.x.to(self.dtype), weight.T if self.swapped else weight, bias)
+        x = self.map.prepared(self.x.to(self.dtype))
+        y = self.map(x, weight.T if self.swapped else weight, bias)
         return y.squeeze(0) if self.unbatched else y
 
     def with_delta(self, total: Total, path: str) -> Tensor:
@@ -138,7 +140,7 @@ class MapCall:
 
     def _beside(self, total: Total) -> Tensor:
         """Every delta as a chain of torch's own operations, with a dropout of its own."""
-        x, weight = self.x.to(self.dtype), self.weight.to(self.dtype)
+        x, weight = self.map.prepared(self.x.to(self.dtype)), self.weight.to(self.dtype)
         y = self.map(x, weight, None if self.bias is None else self.bias.to(self.dtype))
         for delta, share in total.terms:
             widen, narrow = (t.to(self.dtype) for t in self._factors([(delta, share)]))
@@ -180,9 +182,10 @@ def _conv1d(layer: Any, args: tuple[Any, ...]) -> MapCall:
 def _conv(layer: Conv, args: tuple[Any, ...]) -> MapCall:
     x, unbatched = _batched(layer, args[0])
     x, padding = _padded(layer, x)
-    zeros = [0] * len(layer.kernel_size)
     stride, dilation = list(layer.stride), list(layer.dilation)
-    conv = ConvMap(stride, padding, dilation, False, zeros, layer.groups)
+    conv: Map = ConvMap(stride, padding, dilation, False, [0] * len(stride), layer.groups)
+    if suits(x, layer.weight, stride, [*padding, *(d - 1 for d in dilation)], layer.groups):
+        conv = PatchMap(stride)
     return MapCall(conv, x, layer.weight, layer.bias, unbatched=unbatched)
 
 

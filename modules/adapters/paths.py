@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .delta import Delta
+from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .functions import without_autocast
 
@@ -87,7 +87,8 @@ def choose(total: Total, rows: int, weight: Tensor, training: bool, grad: bool =
     info = leaves[0].info
     dropped = training and any(leaf.dropout > 0 for leaf in leaves)
     asked = {leaf.path for leaf in leaves} - {"auto"}
-    chainless = not info.has_side or any(leaf.tucker() is None for leaf in leaves)
+    forms = [leaf.tucker() for leaf in leaves]
+    chainless = not info.has_side or None in forms
     if dropped and (chainless or asked & {"rebuilt", "merged"}):
         raise AdapterError(
             f"{info.name}: the dropout of one active adapter needs the side path, which another "
@@ -106,22 +107,15 @@ def choose(total: Total, rows: int, weight: Tensor, training: bool, grad: bool =
         return "kept"
     if info.kind == "depthwise" or weight.requires_grad:
         return "merged"
-    return _by_size(leaves, rows, weight)
+    rank = sum(form[0].shape[info.out_dim] for form in forms if form is not None)
+    return _by_size(info, rank, rows, weight)
 
 
-def _by_size(leaves: Sequence[Delta], rows: int, weight: Tensor) -> str:
-    info = leaves[0].info
+def _by_size(info: WeightInfo, rank: int, rows: int, weight: Tensor) -> str:
     fan_out = weight.shape[info.out_dim]
     fan_in = weight.numel() // fan_out
-    rank = sum(_rank(leaf) for leaf in leaves)
     own, chain = fan_in * fan_out, rank * (fan_in + fan_out)
     pays = rows * (fan_in + fan_out) >= own
     if pays and own <= NARROW * 2 * chain:
         return "merged"
     return "rebuilt" if pays and info.groups == 1 else "side"
-
-
-def _rank(leaf: Delta) -> int:
-    form = leaf.tucker()
-    assert form is not None
-    return form[0].shape[leaf.info.out_dim]

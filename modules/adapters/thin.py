@@ -32,7 +32,9 @@ def _pairs(delta: Delta, weight: float) -> list[tuple[Tensor, Tensor]]:
     for size, leaf in delta.leaves():
         if leaf is not None:
             widen, narrow = _pair(leaf, weight * leaf.scale)
-            pairs.append((F.pad(widen, (0, 0, start, rows - start - size)), narrow))
+            if size != rows:
+                widen = F.pad(widen, (0, 0, start, rows - start - size))
+            pairs.append((widen, narrow))
         start += size
     return pairs
 

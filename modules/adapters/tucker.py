@@ -7,7 +7,7 @@ A factor of ``None`` is the identity: that mode of the core has its full size al
 
 from collections.abc import Sequence
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Factors = Sequence[Tensor | None]
@@ -33,6 +33,6 @@ def expand(core: Tensor, factors: Factors) -> Tensor:
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Multiplies one mode of ``tensor``, of size J, by a ``[I, J]`` matrix."""
-    if tensor.dim() == 2:  # the common case, without a permuted copy
-        return matrix @ tensor if mode == 0 else tensor @ matrix.T
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    if mode == 0:  # laid out in order, as the weight is that it will be added to
+        return (matrix @ tensor.flatten(1)).view(-1, *tensor.shape[1:])
+    return F.linear(tensor.movedim(mode, -1), matrix).movedim(-1, mode)

@@ -11,7 +11,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import inspect, merge, recipes
+from .commands import calibrate, inspect, merge, recipes
 from .commands.mistakes import explain
 
 TRAINING = {
@@ -51,7 +51,7 @@ def _run(args: list[str]) -> None:
         return
     parser = _parser()
     options, options.overrides = parser.parse_known_args(args or ["--help"])
-    if options.overrides and options.run is not inspect.run:
+    if options.overrides and options.run not in (inspect.run, calibrate.run):
         parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     options.run(options)
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=what)
     _add(commands, "recipes", "list, show or copy the shipped recipes", recipes)
     _add(commands, "inspect", "show what a recipe would adapt, or a saved adapter does", inspect)
+    _add(commands, "calibrate", "time the computing paths of a recipe on this machine", calibrate)
     _add(commands, "merge", "merge an adapter into a file that plain timm loads", merge)
     return parser
 

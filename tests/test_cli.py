@@ -22,6 +22,8 @@ from shell import (
     photo_args,
 )
 
+from litflora.adapters.measured import device_name, forget
+
 RECIPE = "classification/image_folder_vit_tiny"
 
 
@@ -216,6 +218,31 @@ def test_inspect_follows_overrides_and_writes_nothing(workshop, tmp_path, monkey
         "trainable"
     )
     assert files_below(tmp_path) == set()
+
+
+def test_calibrate_times_a_recipe_and_says_where_it_is_noted(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "paths.json"))
+    forget()
+    args = [*photo_args(workshop / "photos", workshop / "base.safetensors"), *SMALL]
+    told = litflora("calibrate", RECIPE, *args)
+    assert told.code == 0, told.err
+    assert "linear 576x192 rank 4 float32" in told.out
+    assert f"{tmp_path / 'paths.json'}: every fit on this device follows it" in told.out
+    timed = json.loads((tmp_path / "paths.json").read_text())
+    assert device_name(torch.device("cpu")) in timed
+    assert "paths as `litflora calibrate` timed them" in litflora("inspect", RECIPE, *args).out
+    (tmp_path / "paths.json").unlink()
+    assert files_below(tmp_path) == set()
+    nothing = litflora("calibrate", RECIPE, *args, "--config", "tuning/probe")
+    assert nothing.code == 2
+    assert "there is nothing to time" in nothing.err
+    half = litflora("calibrate", RECIPE, *args, "--trainer.precision", "bf16-true")
+    assert half.code == 2
+    assert "half precision" in half.err
+    mixed = litflora("calibrate", RECIPE, *args, "--trainer.precision", "bf16-mixed")
+    assert "linear 576x192 rank 4 bfloat16" in mixed.out
+    forget()
 
 
 def test_inspect_takes_other_weights_anywhere(adapter, workshop, tmp_path):

@@ -6,6 +6,7 @@ report = inject(model, FLoRA(rank=8), train=["head"])
 print(report)
 """
 
+from .calibration import Timing, calibrate
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .files import load, read_config, save
@@ -42,10 +43,12 @@ __all__ = [
     "Probe",
     "Selective",
     "Summary",
+    "Timing",
     "Tuning",
     "WeightInfo",
     "activate",
     "adapter_names",
+    "calibrate",
     "delete",
     "disabled",
     "inject",

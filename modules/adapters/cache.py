@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .paths import Total
+from .total import Total
 
 # Steps of any optimizer: fused ones write to parameters without moving their version counters.
 _steps = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from .cache import WeightCache
 from .delta import Delta
+from .functions import compute_dtype
 from .ops import LookUpCall, MapCall, Op, op_of, rows
-from .paths import Total, choose
+from .paths import Choice, choose
 from .substitute import Sums, substituted
+from .total import Total
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,8 @@ class Adapted(Layer):
 
     def _on_path(self, call: MapCall | LookUpCall, total: Total, x: Tensor) -> Tensor:
         weight, count = cast(Tensor, self.weight), rows(self, x, total.terms[0][0])
-        path = choose(total, count, weight, self.training, torch.is_grad_enabled())
+        grad, dtype = torch.is_grad_enabled(), compute_dtype(x)
+        path = choose(Choice(total, count, weight, self.training, grad, dtype))
         if path == "kept":
             return call.with_weight(self.adapters.cache.get("weight", weight, total, call.dtype))
         return call.with_delta(total, path)
@@ -236,6 +240,26 @@ def adapted_layers(
     for name, module in model.named_modules(remove_duplicate=not every_name):
         if isinstance(module, Adapted):
             yield name, module, module.adapters
+
+
+@contextmanager
+def watched(model: nn.Module, look: Callable[[str, Adapted, Tensor], None]) -> Iterator[None]:
+    """Shows ``look`` the name, layer and input of every adapted layer that a forward calls."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(layer, Adapted) and args and isinstance(args[0], Tensor):
+                look(name, layer, args[0])
+
+        return hook
+
+    layers = list(adapted_layers(model))
+    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer, _ in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _warn_training_merged(layer: Adapted) -> None:

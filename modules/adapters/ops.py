@@ -19,9 +19,9 @@ from .delta import Delta
 from .functions import Merged, Step, Thin, compute_dtype, without_autocast
 from .maps import ConvMap, LinearMap, Map
 from .patches import PatchMap, suits
-from .paths import Total
 from .recompute import source_of
 from .thin import thin
+from .total import Total
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

@@ -10,56 +10,62 @@ All are exact; they differ in time and memory alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
-from .functions import without_autocast
+from .measured import path_for, table, weight_key
+from .total import Total
 
 # Below this ratio of the layer's own work to the side chain's, the chain costs more than the
 # whole weight gradient that it avoids: its rank-r products are bound by memory traffic.
 NARROW = 3.0
 
 
-class Total:
-    """The weighted sum of the deltas that are active on one weight."""
+@dataclass
+class Choice:
+    """What the choice of a path depends on.
 
-    def __init__(self, terms: Sequence[tuple[Delta, float]]) -> None:
-        self.terms = list(terms)
+    Attributes:
+        total: The deltas that act on the weight.
+        rows: Positions that the layer maps: tokens, or pixels of a convolution.
+        weight: The base weight.
+        training: Whether the layer is in training mode.
+        grad: Whether gradients are recorded.
+        dtype: What the layer computes in; the weight's own type if None.
+        leaves: The deltas, those of a fused weight's parts each by itself.
+        info: The weight, as its deltas know it.
+        rank: Rows of A in dW = B A; None if some delta has no such form.
+    """
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The factors of every term, in the order that calling takes them."""
-        return tuple(tensor for delta, _ in self.terms for tensor in delta.tensors())
+    total: Total
+    rows: int
+    weight: Tensor
+    training: bool
+    grad: bool = True
+    dtype: torch.dtype | None = None
 
-    def scales(self) -> tuple[float, ...]:
-        """What the sum depends on besides its tensors."""
-        leaves = (leaf for delta, _ in self.terms for _, leaf in delta.leaves())
-        return tuple(leaf.scale for leaf in leaves if leaf is not None)
+    leaves: list[Delta] = field(init=False)
+    info: WeightInfo = field(init=False)
+    rank: int | None = field(init=False)
 
-    def check(self, scales: tuple[float, ...]) -> None:
-        """Raises if a scale is not what it was in forward."""
-        if self.scales() != scales:
-            raise RuntimeError("the scale of a delta was changed between forward and backward")
+    def __post_init__(self) -> None:
+        pairs = (pair for delta, _ in self.total.terms for pair in delta.leaves())
+        self.leaves = [leaf for _, leaf in pairs if leaf is not None]
+        self.info = self.leaves[0].info
+        forms = [leaf.tucker() for leaf in self.leaves]
+        ranks = [form[0].shape[self.info.out_dim] for form in forms if form is not None]
+        self.rank = sum(ranks) if len(ranks) == len(forms) else None
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """The summed dW, made from ``tensors``, in the factors' own precision."""
-        total: Tensor | None = None
-        start = 0
-        with without_autocast(tensors[0].device.type):
-            for delta, weight in self.terms:
-                stop = start + len(delta.tensors())
-                dense = delta.compose(*tensors[start:stop])
-                dense = dense if weight == 1.0 else weight * dense
-                total = dense if total is None else total + dense
-                start = stop
-        assert total is not None
-        return total
+    def key(self) -> str:
+        """The name under which this weight's paths are timed."""
+        return weight_key(self.info, self.rank or 0, self.dtype or self.weight.dtype)
 
 
-def choose(total: Total, rows: int, weight: Tensor, training: bool, grad: bool = True) -> str:
+def choose(choice: Choice) -> str:
     """Which path a layer takes: its deltas' own choice, or for "auto" the first line that holds.
 
     ============================================  =======  ====================================
@@ -68,27 +74,26 @@ def choose(total: Total, rows: int, weight: Tensor, training: bool, grad: bool =
     the weight is stored in half precision        side     bf16(W + dW) loses most of a small dW
     embedding                                     side     a look-up in the factor is all it takes
     neither training nor gradients                kept     it then costs what the base costs
-    depthwise                                     merged   the chain has r times the base's work
     the weight itself trains                      merged   its gradient is formed anyway
+    timed on this machine                         (any)    see `measured`
+    depthwise                                     merged   the chain has r times the base's work
     few channels, and rows to pay for building W  merged   see `NARROW`
     rows to pay for building W                    rebuilt  the chain runs in backward alone
     everything else                               side
     ============================================  =======  ====================================
-
-    Args:
-        total: The deltas that act on the weight.
-        rows: Positions that the layer maps: tokens, or pixels of a convolution.
-        weight: The base weight.
-        training: Whether the layer is in training mode.
-        grad: Whether gradients are recorded.
     """
-    idle = not training and not grad
-    leaves = [leaf for delta, _ in total.terms for _, leaf in delta.leaves() if leaf is not None]
-    info = leaves[0].info
-    dropped = training and any(leaf.dropout > 0 for leaf in leaves)
-    asked = {leaf.path for leaf in leaves} - {"auto"}
-    forms = [leaf.tucker() for leaf in leaves]
-    chainless = not info.has_side or None in forms
+    path = forced(choice)
+    if path is None and (timed := table(choice.weight.device)):
+        path = path_for(timed, choice.key(), choice.rows)
+    return possible(path or by_size(choice), choice.info)
+
+
+def forced(choice: Choice) -> str | None:
+    """The path of a layer that has no choice: by what was asked for, or for exactness."""
+    info, idle = choice.info, not choice.training and not choice.grad
+    dropped = choice.training and any(leaf.dropout > 0 for leaf in choice.leaves)
+    asked = {leaf.path for leaf in choice.leaves} - {"auto"}
+    chainless = not info.has_side or choice.rank is None
     if dropped and (chainless or asked & {"rebuilt", "merged"}):
         raise AdapterError(
             f"{info.name}: the dropout of one active adapter needs the side path, which another "
@@ -99,23 +104,31 @@ def choose(total: Total, rows: int, weight: Tensor, training: bool, grad: bool =
     if "side" in asked:
         return "side"
     if asked and not idle:
-        whole = "merged" in asked or info.groups > 1 or info.kind == "embedding"
-        return "merged" if whole else "rebuilt"  # which groups and look-ups do not have
-    if dropped or weight.dtype in (torch.float16, torch.bfloat16) or info.kind == "embedding":
+        return possible("merged" if "merged" in asked else "rebuilt", info)
+    half = choice.weight.dtype in (torch.float16, torch.bfloat16)
+    if dropped or half or info.kind == "embedding":
         return "side"
     if idle:
         return "kept"
-    if info.kind == "depthwise" or weight.requires_grad:
+    return "merged" if choice.weight.requires_grad else None
+
+
+def possible(path: str, info: WeightInfo) -> str:
+    """The path itself, or the next one to it that the weight has."""
+    chainless = info.groups > 1 or info.kind == "embedding"
+    return "merged" if path == "rebuilt" and chainless else path
+
+
+def by_size(choice: Choice) -> str:
+    """The path of a layer that has a choice, from the sizes of its weight and its input."""
+    info = choice.info
+    if info.kind == "depthwise":
         return "merged"
-    rank = sum(form[0].shape[info.out_dim] for form in forms if form is not None)
-    return _by_size(info, rank, rows, weight)
-
-
-def _by_size(info: WeightInfo, rank: int, rows: int, weight: Tensor) -> str:
-    fan_out = weight.shape[info.out_dim]
-    fan_in = weight.numel() // fan_out
-    own, chain = fan_in * fan_out, rank * (fan_in + fan_out)
-    pays = rows * (fan_in + fan_out) >= own
+    assert choice.rank is not None
+    fan_out = choice.weight.shape[info.out_dim]
+    fan_in = choice.weight.numel() // fan_out
+    own, chain = fan_in * fan_out, choice.rank * (fan_in + fan_out)
+    pays = choice.rows * (fan_in + fan_out) >= own
     if pays and own <= NARROW * 2 * chain:
         return "merged"
     return "rebuilt" if pays and info.groups == 1 else "side"

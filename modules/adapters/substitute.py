@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .paths import Total
+from .total import Total
 
 # Owner, name and delta of each weight that a forward reads.
 Sums = dict[str, tuple[Any, str, Total]]

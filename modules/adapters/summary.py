@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Delta
-from .layers import adapted_layers
+from .layers import Adapted, adapted_layers, watched
 from .lora import conv_parameter_counts
 from .ops import rows as rows_of
-from .paths import Total, choose
+from .paths import Choice, choose
+from .total import Total
 
 # Rows assumed where no example shows how many a layer maps: enough not to be what decides.
 MANY_ROWS = 1 << 20
@@ -99,9 +100,7 @@ class Summary:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [_line(cells, widths) for cells in (head, *body)]
-        return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
+        return [*table(head, body), ""]
 
     def _totals(self) -> Iterator[str]:
         share = self.trainable / self.total if self.total else 0.0
@@ -193,7 +192,14 @@ def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
         return tensor
 
     args = example if isinstance(example, tuple) else (example,)
-    with _counting_rows(model) as seen, _untouched(model), torch.enable_grad():
+    seen: dict[str, int] = {}
+
+    def count(name: str, layer: Adapted, x: Tensor) -> None:
+        adapters = layer.adapters
+        deltas = (delta for adapter in adapters for _, delta in adapters[adapter].items())
+        seen[name] = rows_of(layer, x, next(deltas))
+
+    with watched(model, count), untouched(model), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model(*args)
         del output
@@ -201,7 +207,7 @@ def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward in training moves: running statistics and random states."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -211,29 +217,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-
-
-@contextmanager
-def _counting_rows(model: nn.Module) -> Iterator[dict[str, int]]:
-    seen: dict[str, int] = {}
-
-    def hook_of(name: str, delta: Delta) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen[name] = rows_of(module, args[0], delta)
-
-        return hook
-
-    handles = []
-    for name, layer, adapters in adapted_layers(model):
-        first = next((delta for a in adapters for _, delta in adapters[a].items()), None)
-        if first is not None:
-            handles.append(layer.register_forward_pre_hook(hook_of(name, first)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _row(
@@ -256,7 +239,9 @@ def _row(
         params=sum(p.numel() for p in delta.parameters()),
         full_params=weight.numel(),
         path=choose(
-            Total([(delta, 1.0)]), MANY_ROWS if seen is None else seen, weight, layer.training
+            Choice(
+                Total([(delta, 1.0)]), MANY_ROWS if seen is None else seen, weight, layer.training
+            )
         ),
         lora_params=conv_parameter_counts(info, rank),
     )
@@ -266,6 +251,11 @@ def _adapter_tag(row: Row) -> str:
     return "" if row.adapter == "default" else f" [{row.adapter}]"
 
 
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    first, *rest = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-    return "  ".join([first, *rest]).rstrip()
+def table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in (head, *body)
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ._files import log_dir, replacing
+from ..replacing import replacing
+from ._files import log_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..adapters import summary
+from ..adapters.measured import note
 
 
 class Opening(Callback):
@@ -15,7 +16,9 @@ class Opening(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells of data and tuning."""
-        self._tell(trainer, self._data(trainer), self._tuning(pl_module))
+        told = note(pl_module.device)
+        paths = f"paths    {told}" if told else ""
+        self._tell(trainer, self._data(trainer), self._tuning(pl_module), paths)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells of the data, if this is no part of a fit."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ._files import log_dir, replacing
+from ..replacing import replacing
+from ._files import log_dir
 
 Row = tuple[str, list[float]]
 

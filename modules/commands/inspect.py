@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import composed
 
 if TYPE_CHECKING:
     from ..module import TuningModule
@@ -23,14 +24,14 @@ def run(args: argparse.Namespace) -> None:
     adapter = Path(args.what).is_dir()
     model, data = _saved(args) if adapter else _composed(args)
 
-    import torch
-
     from ..adapters import summary
+    from ..adapters.measured import note
 
-    size = data.get("img_size") or model.img_size or model.net.pretrained_cfg["input_size"][-1]
-    images = torch.zeros(data.get("batch_size", 1), 3, size, size)  # blank: no data is read
-    print(summary(model.net, model.normalize(images)))
-    print(f"for one batch of {len(images)} images of {size} x {size} pixels")
+    images = composed.blank(model, data)
+    print(summary(model.net, images))
+    if told := note(images.device):
+        print(f"paths {told}")
+    print(f"for one batch of {len(images)} images of {composed.pixels(images)} pixels")
     if adapter:
         for file in sorted(Path(args.what).iterdir()):
             print(f"{file.stat().st_size:>12,} bytes  {file}")
@@ -38,16 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _composed(args: argparse.Namespace) -> tuple[TuningModule, dict[str, Any]]:
     """The model of a recipe, and the settings of its data."""
-    from .train import build
-
-    weights = ["--model.init_args.weights", args.weights] if args.weights else []
-    model, data = build(["--config", args.what, *args.overrides, *weights])
-    if model.weights == "pretrained":  # shapes are enough: nothing is fetched
-        model.weights = None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="weights is null")
-        model.configure_model()
-    return model, dict(data.hparams)
+    made = composed.of(args.what, args.overrides, args.weights)
+    return made.model, made.data
 
 
 def _saved(args: argparse.Namespace) -> tuple[TuningModule, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +32,15 @@ def run(args: argparse.Namespace) -> None:
 
     from ..adapters import adapter_names, merge
     from ..module import from_adapter
+    from ..replacing import replacing
 
     module = from_adapter(args.adapter, **({"weights": args.weights} if args.weights else {}))
     module.configure_model()
     # Full tuning and its like leave no delta: what they trained is in place already.
     report = merge(module.net, unload=True) if adapter_names(module.net) else "nothing to merge"
     state = {key: value.contiguous() for key, value in module.net.state_dict().items()}
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
-    try:
+    with replacing(args.out) as temporary:
         temporary.write_bytes(save(state, metadata=_header(module)))
-        os.replace(temporary, args.out)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{report}\n{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, loads without litflora:")
     print("    import safetensors.torch, timm")
     print(f"    {_call(module)}.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")

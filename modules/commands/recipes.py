@@ -7,10 +7,11 @@ it is, the second how to run it.
 from __future__ import annotations
 
 import argparse
-import os
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+
+from ..replacing import replacing
 
 ROOT = Path(str(files("litflora.configs")))
 
@@ -88,7 +89,6 @@ def _copy(source: Path, dest: Path, force: bool) -> None:
         raise FileExistsError(f"{dest} exists already: give another name, or --force to overwrite")
     if not dest.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {dest.parent} to copy to: make it first")
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}")
-    temporary.write_bytes(source.read_bytes())
-    os.replace(temporary, dest)
+    with replacing(dest) as temporary:
+        temporary.write_bytes(source.read_bytes())
     print(f"{dest}: run it with  litflora fit --config {dest}")

@@ -189,11 +189,10 @@ def run(command: str, args: list[str]) -> None:
     LitFloraCLI(command, args)
 
 
-def build(args: list[str]) -> tuple[TuningModule, LightningDataModule]:
+def build(args: list[str]) -> LitFloraCLI:
     """Makes the model, without its network, and the data that ``args`` describe; runs nothing."""
     _quieten()
-    cli = LitFloraCLI(None, args)
-    return cli.model, cli.datamodule
+    return LitFloraCLI(None, args)
 
 
 def _quieten() -> None:

@@ -1,0 +1,55 @@
+"""The model of a recipe and one batch for it, without any data: what the small commands look at."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..module import TuningModule
+
+
+@dataclass
+class Composed:
+    """What a recipe makes.
+
+    Attributes:
+        model: The tuned model.
+        data: The settings of its data.
+        trainer: The settings of its trainer.
+    """
+
+    model: TuningModule
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+
+
+def of(recipe: str, overrides: list[str], weights: str | None = None) -> Composed:
+    """The tuned model of a recipe, with what runs it; nothing is fetched."""
+    from .train import build
+
+    named = ["--model.init_args.weights", weights] if weights else []
+    made = build(["--config", recipe, *overrides, *named])
+    model = made.model
+    if model.weights == "pretrained":  # shapes are enough
+        model.weights = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="weights is null")
+        model.configure_model()
+    return Composed(model, dict(made.datamodule.hparams), dict(made.config.trainer))
+
+
+def blank(model: TuningModule, data: dict[str, Any]) -> Tensor:
+    """A batch of blank images, as large as the data's, normalised."""
+    import torch
+
+    size = data.get("img_size") or model.img_size or model.net.pretrained_cfg["input_size"][-1]
+    return model.normalize(torch.zeros(data.get("batch_size", 1), 3, size, size))
+
+
+def pixels(images: Tensor) -> str:
+    """Height and width, for people."""
+    return f"{images.shape[-2]} x {images.shape[-1]}"

@@ -1,0 +1,184 @@
+"""Paths that were timed on this machine: what is timed, what is written, what "auto" follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from litflora.adapters import AdapterError, FLoRA, LoRA, calibrate, inject, summary
+from litflora.adapters.measured import check_writable, device_name, file, forget, weight_key, write
+
+from .cases import Holder, assert_close, assert_gradients_close, factors, randomize, with_deltas
+
+CPU = torch.device("cpu")
+ROWS = 600
+
+
+@pytest.fixture(autouse=True)
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "cache" / "paths.json"))
+    forget()
+    yield file()
+    forget()
+
+
+def built(tuning: FLoRA | LoRA, layer: nn.Module | None = None) -> tuple[Holder, Holder]:
+    torch.manual_seed(0)
+    base = Holder(nn.Linear(64, 48) if layer is None else layer)
+    model = deepcopy(base)
+    tuning.targets = "layer"
+    inject(model, tuning), randomize(model)
+    return model, base
+
+
+def key(model: Holder, rank: int = 4, dtype: torch.dtype = torch.float32) -> str:
+    return weight_key(model.layer.adapters["default"]["weight"].info, rank, dtype)
+
+
+def path_of(model: nn.Module, rows: int = ROWS) -> str:
+    (row,) = summary(model, torch.randn(rows, 64)).rows
+    return row.path
+
+
+@pytest.mark.parametrize("path", ["side", "merged"])
+def test_auto_takes_the_path_that_was_timed_and_stays_exact(path: str) -> None:
+    model, base = built(FLoRA(rank=4))
+    assert path_of(model) == "rebuilt"
+    write(CPU, {key(model): {ROWS: path}})
+    assert path_of(model) == path
+    model, base = model.double(), base.double()
+    write(CPU, {key(model, dtype=torch.float64): {ROWS: path}})
+    x = torch.randn(ROWS, 64, dtype=torch.float64, requires_grad=True)
+    y, expected = model(x), with_deltas(base, model, x)
+    assert_close(y, expected, 1e-12)
+    assert_gradients_close(y, expected, [x, *factors(model)])
+
+
+def test_only_about_as_many_rows_count() -> None:
+    model, _ = built(FLoRA(rank=4))
+    write(CPU, {key(model): {ROWS: "side", 100 * ROWS: "merged"}})
+    assert [path_of(model, n) for n in (ROWS // 2, 2 * ROWS)] == ["side", "side"]
+    assert [path_of(model, n) for n in (ROWS // 3, 3 * ROWS)] == ["rebuilt", "rebuilt"]
+    assert path_of(model, 90 * ROWS) == "merged"
+
+
+def test_another_weight_rank_type_or_device_is_not_this_one() -> None:
+    model, _ = built(FLoRA(rank=4))
+    other, _ = built(FLoRA(rank=4), nn.Linear(64, 47))
+    timed = {ROWS: "side"}
+    write(CPU, dict.fromkeys((key(model, 5), key(model, 4, torch.bfloat16), key(other)), timed))
+    write(torch.device("meta"), {key(model): timed})
+    assert path_of(model) == "rebuilt"
+
+
+def test_what_was_asked_for_or_exactness_needs_goes_before_what_was_timed() -> None:
+    asked, _ = built(FLoRA(rank=4, path="side"))
+    dropped, _ = built(FLoRA(rank=4, dropout=0.1))
+    half, _ = built(FLoRA(rank=4), nn.Linear(64, 48).bfloat16())
+    for model in (asked, dropped, half):
+        timed = {ROWS: "merged"}
+        write(CPU, {key(model, dtype=d): timed for d in (torch.float32, torch.bfloat16)})
+    assert [path_of(model) for model in (asked, dropped)] == ["side", "side"]
+    (row,) = summary(half, torch.randn(ROWS, 64).bfloat16()).rows
+    assert row.path == "side"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"x": 3}', '{"x": {"y": {"many": "side"}}}', '{"x": {"y": {"9": "fast"}}}']
+)
+def test_a_damaged_file_is_said_and_passed_over(paths: Path, text: str) -> None:
+    model, _ = built(FLoRA(rank=4))
+    paths.parent.mkdir()
+    paths.write_text(text)
+    forget()
+    with pytest.warns(UserWarning, match="paths.json is damaged .* `litflora calibrate` writes it"):
+        assert path_of(model) == "rebuilt"
+    with pytest.warns(UserWarning, match="is damaged"):
+        write(CPU, {key(model): {ROWS: "side"}})
+    assert path_of(model) == "side"
+
+
+def test_calibrate_writes_the_fastest_path_of_every_kind_of_layer(
+    paths: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"side": 2.0, "rebuilt": 2.0, "merged": 1.0}
+    monkeypatch.setattr(
+        "litflora.adapters.calibration._seconds", lambda met: seconds[met.leaves[0].path]
+    )
+    net = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    net.append(nn.Conv1d(1, 4, 3)).insert(4, nn.Unflatten(1, (1, 64)))
+    inject(net, LoRA(rank=4, targets="all"))
+    write(CPU, {"linear 1x1 rank 1 float32": {5: "side"}})
+    before = deepcopy(net.state_dict())
+    timings = calibrate(net, torch.randn(ROWS, 8))
+    assert [(t.key, t.rows, t.layers) for t in timings] == [
+        ("linear 64x8 rank 4 float32", ROWS, ["0"]),
+        ("linear 64x64 rank 4 float32", ROWS, ["1", "3"]),
+        ("conv 4x1x3 rank 3 float32", ROWS * 64, ["5"]),
+    ]
+    written = json.loads(paths.read_text())[device_name(CPU)]
+    assert written.pop("linear 1x1 rank 1 float32") == {"5": "side"}
+    assert written == {t.key: {str(t.rows): "merged"} for t in timings}
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    report = summary(net, torch.randn(ROWS, 8))
+    assert {row.path for row in report.rows} == {"merged"}
+
+
+def test_a_path_must_be_clearly_faster_than_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"side": 0.98, "rebuilt": 1.0, "merged": 2.0}
+    monkeypatch.setattr(
+        "litflora.adapters.calibration._seconds", lambda met: seconds[met.leaves[0].path]
+    )
+    model, _ = built(FLoRA(rank=4))
+    x = torch.randn(ROWS, 64)
+    assert [t.path for t in calibrate(model, x)] == ["rebuilt"]
+    seconds["side"] = 0.9
+    assert [t.path for t in calibrate(model, x)] == ["side"]
+
+
+def test_paths_are_really_timed() -> None:
+    model, _ = built(FLoRA(rank=4), nn.Conv2d(16, 16, 5, groups=16))
+    (timing,) = calibrate(model.train(), torch.randn(2, 16, 20, 20), repetitions=3)
+    assert set(timing.seconds) == {"side", "merged"}  # what a depthwise kernel has
+    assert 0 < timing.seconds["merged"] < timing.seconds["side"]  # of r times the work
+    assert model.layer.adapters["default"]["weight"].path == "auto"
+
+
+def test_nothing_to_choose_is_said() -> None:
+    model, _ = built(FLoRA(rank=4, dropout=0.1))
+    with pytest.raises(AdapterError, match="nothing to time"):
+        calibrate(model, torch.randn(ROWS, 64))
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "note").write_text("a file")
+    model, _ = built(FLoRA(rank=4))
+    for bad in (tmp_path, tmp_path / "note" / "paths.json"):
+        monkeypatch.setenv("LITFLORA_PATHS", str(bad))
+        with pytest.raises(AdapterError, match="cannot be written: let LITFLORA_PATHS name"):
+            calibrate(model, torch.randn(ROWS, 64))
+    monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "new" / "deep" / "paths.json"))
+    check_writable()
+
+
+def test_a_compiled_layer_follows_it_in_one_graph() -> None:
+    model, base = built(FLoRA(rank=4))
+    write(CPU, {key(model): {ROWS: "merged"}})
+    assert path_of(model) == "merged"
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    x = torch.randn(ROWS, 64)
+    assert_close(compiled(x), with_deltas(base, model, x), 1e-5)
+    compiled(x).sum().backward()
+    assert counter.frame_count == 1

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dropout import Dropout
 from .maps import Map, plus
 from .recompute import Recipe
 
@@ -45,20 +46,23 @@ class Step:
         out_dim: The mode of the weight that indexes outputs.
         rebuild: Compute with W + dW; otherwise B A runs beside W.
         recipe: Makes the input from its source; None where the input itself is saved.
-        dropout: Probability of dropping an input of the chain.
-        seed: Seed of the dropout, from which backward draws the same mask.
+        dropout: The dropout on the chain's input, if there is one.
     """
 
     map: Map
     out_dim: int = 0
     rebuild: bool = False
     recipe: Recipe | None = None
-    dropout: float = 0.0
-    seed: int = 0
+    dropout: Dropout | None = None
 
     def input(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
         """The layer's input, from what was saved of it."""
         return saved if self.recipe is None else self.recipe(saved).to(dtype)
+
+    def thin(self, narrow: Tensor, dtype: torch.dtype) -> Tensor:
+        """A, made larger by the share of inputs that dropout takes away."""
+        narrow = narrow.to(dtype)
+        return narrow if self.dropout is None else self.dropout.amplified(narrow)
 
     def kernel(self, weight: Tensor, widen: Tensor, narrow: Tensor, x: Tensor) -> Tensor:
         """W, or W + dW made in the precision of the factors, for an input like ``x``."""
@@ -77,25 +81,6 @@ class Step:
             last = weight.movedim(1, -1)  # one pass lays W out, too, which torch would do after it
             dense = widen @ narrow.movedim(1, -1).flatten(1)
             return plus(dense.view(last.shape), last).movedim(-1, 1).to(x.dtype)
-
-    def keep(self, x: Tensor) -> Tensor | None:
-        """What dropout leaves of an input, as ones and zeros; None without dropout."""
-        if self.dropout == 0.0:
-            return None
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        # Sixteen random bits for each element: drawing a float for each takes four times as long.
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
-        return (bits[: x.numel()].view(x.shape) >= self._dropped - 2**15).to(x.dtype)
-
-    def amplified(self, thin: Tensor) -> Tensor:
-        """A thin tensor times 1 / (1 - p), which makes up for the inputs that are dropped."""
-        return thin / (1 - self._dropped / 2**16) if self.dropout else thin
-
-    @property
-    def _dropped(self) -> int:
-        """How many of 65,536 inputs are dropped."""
-        return min(round(self.dropout * 2**16), 2**16 - 1)
 
 
 class Thin(torch.autograd.Function):
@@ -118,7 +103,11 @@ class Thin(torch.autograd.Function):
         y = step.map(x, step.kernel(weight, widen, narrow, x), bias)
         if step.rebuild:
             return y
-        hidden = step.map.hidden(_kept(x, step.keep(x)), step.amplified(narrow.to(x.dtype)))
+        thin = step.thin(narrow, x.dtype)
+        if step.dropout is None:
+            hidden = step.map.hidden(x, thin)
+        else:
+            hidden = step.dropout.hidden(step.map, x, thin)
         return step.map.plus_widened(y, hidden, widen.to(x.dtype))
 
     @staticmethod
@@ -127,7 +116,7 @@ class Thin(torch.autograd.Function):
         x, source, weight, _, widen, narrow, step = inputs
         ctx.step, ctx.shape = step, _shape(x)
         kept = x if source is None else source
-        wanted = step.dropout > 0 or any(ctx.needs_input_grad[i] for i in (2, 4, 5))
+        wanted = step.dropout is not None or any(ctx.needs_input_grad[i] for i in (2, 4, 5))
         ctx.save_for_backward(kept if wanted else None, weight, widen, narrow)
 
     @staticmethod
@@ -142,27 +131,29 @@ def _thin_grads(ctx: Any, gy: Tensor) -> Any:
     saved, weight, widen, narrow = ctx.saved_tensors
     step: Step = ctx.step
     wants, maps = ctx.needs_input_grad, step.map
-    wide, thin = widen.to(gy.dtype), step.amplified(narrow.to(gy.dtype))
-    g_hidden = maps.hidden_grad(gy, wide)
+    thin = step.thin(narrow, gy.dtype)
+    g_hidden = maps.hidden_grad(gy, widen.to(gy.dtype))
     x = None if saved is None else maps.prepared(step.input(saved, gy.dtype))
-    keep = None if x is None else step.keep(x)
-    gx = gw = gb = g_widen = g_narrow = None
+    gx = gw = gb = g_widen = g_narrow = hidden = None
     if wants[0]:
         like = maps.stand_in(gy, ctx.shape) if x is None else x
         gx = maps.input_grad(gy, step.kernel(weight, widen, narrow, like), like)
-        if keep is not None:
-            gx = plus(gx, _kept(maps.narrowed_grad(g_hidden, thin, like), keep))
-        elif not step.rebuild:
+        if not step.rebuild and step.dropout is None:
             gx = maps.plus_input_grad(gx, g_hidden, thin)
-        gx = maps.restored(gx, ctx.shape)
+    if step.dropout is not None and x is not None:
+        gx, hidden, g_narrow = step.dropout.chain_grads(maps, gx, g_hidden, thin, x)
+        g_narrow = step.dropout.amplified(g_narrow)
+    elif x is not None and (wants[4] or wants[5]):
+        hidden = maps.hidden(x, thin)
+        g_narrow = maps.narrow_grad(g_hidden, x, narrow.shape)
+    if hidden is not None and g_narrow is not None:
+        g_widen = maps.widen_grad(gy, hidden).to(widen.dtype)
+        g_narrow = g_narrow.to(narrow.dtype)
     if x is not None and wants[2]:
         gw = maps.weight_grad(gy, x, weight.shape).to(weight.dtype)
-    if x is not None and (wants[4] or wants[5]):
-        x = _kept(x, keep)
-        g_narrow = maps.narrow_grad(step.amplified(g_hidden), x, narrow.shape).to(narrow.dtype)
-        g_widen = maps.widen_grad(gy, maps.hidden(x, thin)).to(widen.dtype)
     if wants[3]:
         gb = maps.bias_grad(gy)
+    gx = None if gx is None else maps.restored(gx, ctx.shape)
     return gx, None, gw, gb, g_widen, g_narrow, None
 
 
@@ -233,7 +224,3 @@ for _function in (Thin, Merged):
 
 def _shape(x: Tensor) -> torch.Size:
     return torch.Size() if x.is_nested else x.shape  # which have none, and no backward here either
-
-
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep

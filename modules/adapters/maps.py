@@ -83,7 +83,7 @@ class LinearMap(_Plain):
 
     def plus_widened(self, y: Tensor, hidden: Tensor, widen: Tensor) -> Tensor:
         """``y + hidden B^T``; may write into ``y``."""
-        if _is_watched():
+        if is_watched():
             return y + F.linear(hidden, widen)
         y.view(-1, y.shape[-1]).addmm_(_rows(hidden), widen.T)  # a reshape could be a copy
         return y
@@ -94,7 +94,7 @@ class LinearMap(_Plain):
 
     def plus_input_grad(self, gx: Tensor, g_hidden: Tensor, narrow: Tensor) -> Tensor:
         """``gx + g_hidden A``; may write into ``gx``."""
-        if _is_watched():
+        if is_watched():
             return gx + g_hidden @ narrow
         gx.view(-1, gx.shape[-1]).addmm_(_rows(g_hidden), narrow)
         return gx
@@ -195,7 +195,7 @@ class ConvMap(_Plain):
         return self.groups == 1 and y.movedim(1, -1).is_contiguous()
 
     def _is_small_depthwise(self, gy: Tensor, x: Tensor) -> bool:
-        if self.transposed or _is_watched() or torch.compiler.is_compiling():
+        if self.transposed or is_watched() or torch.compiler.is_compiling():
             return False
         return suits(gy, x, self.stride, self.dilation, self.groups)
 
@@ -236,9 +236,14 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 def plus(y: Tensor, term: Tensor) -> Tensor:
     """``y + term``; may write into ``y``."""
-    return y + term if _is_watched() else y.add_(term)
+    return y + term if is_watched() else y.add_(term)
 
 
-def _is_watched() -> bool:
+def times(y: Tensor, factor: Tensor) -> Tensor:
+    """``y * factor``; may write into ``y``."""
+    return y * factor if is_watched() else y.mul_(factor)
+
+
+def is_watched() -> bool:
     """Whether autograd or a transform looks on, which an operation in place would upset."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()

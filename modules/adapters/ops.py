@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .delta import Delta
+from .dropout import Dropout
 from .functions import Merged, Step, Thin, compute_dtype, without_autocast
 from .maps import ConvMap, LinearMap, Map
 from .patches import PatchMap, suits
@@ -124,7 +125,7 @@ class MapCall:
         if len(total.terms) > 1 or traced or self.x.is_meta:
             return self._beside(total)
         seed = int(torch.randint(2**62, ()))
-        return self._thin(tensors, total, replace(step, dropout=dropout.pop(), seed=seed))
+        return self._thin(tensors, total, replace(step, dropout=Dropout(dropout.pop(), seed)))
 
     def _merged(self, tensors: tuple[Tensor | None, ...], total: Total, step: Step) -> Tensor:
         make = _Swapped(total.terms) if self.swapped else total

@@ -1,0 +1,125 @@
+"""Dropout on the input of the chain, drawn again in backward: no mask is kept.
+
+Rows of a linear layer are dropped some at a time, so that what is made for it stays in the cache of
+a CPU; a mask of the whole input would cost several times as much in memory traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .maps import LinearMap, Map, is_watched, plus, times
+from .patches import PatchMap
+
+# Rows whose mask is drawn at once; a multiple of 4, which is how many elements share a number, so
+# that blocks of rows are given the numbers that the whole would be given.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One draw of a mask.
+
+    Attributes:
+        p: Probability of dropping an input.
+        seed: Seed of the mask.
+    """
+
+    p: float
+    seed: int
+
+    def amplified(self, thin: Tensor) -> Tensor:
+        """A thin tensor times 1 / (1 - p), which makes up for the inputs that are dropped."""
+        return thin / (1 - self._dropped / 2**16)
+
+    def hidden(self, maps: Map, x: Tensor, narrow: Tensor) -> Tensor:
+        """``(x * mask) A^T``, for a prepared input."""
+        if not _in_blocks(maps, x):
+            return maps.hidden(times(self._mask(x), x), narrow)
+        rows = x.reshape(-1, x.shape[-1])
+        blocks = self._masks(rows)
+        hidden = [maps.hidden(times(mask, rows[block]), narrow) for block, mask in blocks]
+        return torch.cat(hidden).view(*x.shape[:-1], len(narrow))
+
+    def chain_grads(
+        self, maps: Map, gx: Tensor | None, g_hidden: Tensor, narrow: Tensor, x: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What backward of the chain needs.
+
+        Args:
+            maps: The layer's map.
+            gx: Gradient of the input without the chain's part, which may be written into; None
+                if it is not wanted.
+            g_hidden: Gradient of what `hidden` gave.
+            narrow: A.
+            x: The prepared input.
+
+        Returns:
+            The gradient of the input, what `hidden` gave, and the gradient of A.
+        """
+        if not _in_blocks(maps, x):
+            mask = self._mask(x)
+            if gx is not None:
+                gx = plus(gx, times(maps.narrowed_grad(g_hidden, narrow, x), mask))
+            dropped = x * mask
+            g_narrow = maps.narrow_grad(g_hidden, dropped, narrow.shape)
+            return gx, maps.hidden(dropped, narrow), g_narrow
+        rows, g_rows = x.reshape(-1, x.shape[-1]), g_hidden.reshape(-1, len(narrow))
+        hidden, g_narrow = [], torch.zeros_like(narrow)
+        for block, mask in self._masks(rows):
+            if gx is not None:
+                gx.view(rows.shape)[block] += (g_rows[block] @ narrow).mul_(mask)
+            dropped = mask.mul_(rows[block])
+            hidden.append(maps.hidden(dropped, narrow))
+            g_narrow += maps.narrow_grad(g_rows[block], dropped, narrow.shape)
+        return gx, torch.cat(hidden), g_narrow
+
+    def _masks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The mask of some rows after the other; together they are that of the whole."""
+        words = _Words(self.seed, rows.device)
+        for start in range(0, len(rows), ROWS):
+            block = slice(start, start + ROWS)
+            yield block, self._kept(words, rows[block])
+
+    def _mask(self, x: Tensor) -> Tensor:
+        return self._kept(_Words(self.seed, x.device), x)
+
+    def _kept(self, words: _Words, x: Tensor) -> Tensor:
+        """Ones and zeros of the size and type of ``x``."""
+        # Sixteen random bits for each element: drawing a float for each takes ten times as long.
+        bits = words.draw(max(1, -(-x.numel() // 4))).view(torch.int16)[: x.numel()].view(x.shape)
+        kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.ge(bits, self._dropped - 2**15, out=kept)  # no mask of bools in between
+
+    @property
+    def _dropped(self) -> int:
+        """How many of 65,536 inputs are dropped."""
+        return min(round(self.p * 2**16), 2**16 - 1)
+
+
+class _Words:
+    """A stream of random 64-bit numbers."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        # On a CPU torch's own generator takes three times as long.
+        self.numpy = np.random.SFC64(seed) if device.type == "cpu" else None
+        self.torch = None if self.numpy else torch.Generator(device).manual_seed(seed)
+
+    def draw(self, count: int) -> Tensor:
+        """The next numbers."""
+        if self.numpy is not None:
+            return torch.from_numpy(self.numpy.random_raw(count).view(np.int64))
+        words = torch.empty(count, dtype=torch.int64, device=self.device)
+        return words.random_(-(2**63), None, generator=self.torch)
+
+
+def _in_blocks(maps: Map, x: Tensor) -> bool:
+    """Whether rows are dropped some at a time."""
+    linear = isinstance(maps, LinearMap) and not isinstance(maps, PatchMap)
+    return linear and x.device.type == "cpu" and x.numel() > 0 and not is_watched()

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import jsonargparse
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
+from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -141,7 +142,7 @@ class TuningModule(LightningModule):
         origin = origin_of(self.net, "default").tuning  # of a loaded adapter, too
         method = origin.get("class", type(self.tuning).__name__)
         optimizer = build_optimizer(
-            self.optimizer_factory or default_optimizer(method),
+            self.optimizer_factory or default_optimizer(method, _may_fuse(self._trainer)),
             self.net,
             heads,
             self.head_lr,
@@ -259,6 +260,18 @@ def describe(module: Any, paths: tuple[str, ...]) -> dict[str, Any]:
 def unit_range(images: Tensor) -> Tensor:
     """Images as floats in [0, 1]; floats are taken to be so already."""
     return images if images.is_floating_point() else images.float() / 255
+
+
+def _may_fuse(trainer: Trainer | None) -> bool:
+    """Whether a step may unscale its gradients itself, as fused ones do.
+
+    Lightning clips none that are to be unscaled so late: in mixed precision it refuses, and under
+    FSDP it would clip them scaled. Without a Trainer nobody knows what else is done to them.
+    """
+    if trainer is None or isinstance(trainer.precision_plugin, FSDPPrecision):
+        return False
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    return not (mixed and trainer.gradient_clip_val)
 
 
 def _with_targets(tuning: Tuning, net: nn.Module) -> Tuning:

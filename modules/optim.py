@@ -19,6 +19,10 @@ from .adapters import trainable_parameters
 LEARNING_RATES = {"FLoRA": 5e-3, "Full": 1e-4}
 OTHERS = 1e-3
 
+# Devices on which AdamW's step is fused. Adapters are hundreds of tiny tensors: on a CPU it takes a
+# third of a loop's time, and a fifth for full tuning. torch keeps its own, longer list private.
+FUSED = ("cpu", "cuda")
+
 
 class OneCycle(LRScheduler):
     """A cosine rise to each group's own learning rate, and a cosine fall, step by step.
@@ -72,9 +76,15 @@ def _cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
-def default_optimizer(tuning: str) -> Callable[..., Optimizer]:
-    """AdamW with weight decay 0.05 at the learning rate of a tuning, given by its class name."""
-    return partial(AdamW, lr=LEARNING_RATES.get(tuning, OTHERS), weight_decay=0.05)
+def default_optimizer(tuning: str, may_fuse: bool = True) -> Callable[..., Optimizer]:
+    """AdamW with weight decay 0.05 at the learning rate of a tuning.
+
+    Args:
+        tuning: Class name of the tuning.
+        may_fuse: Whether the step is torch's fused one where every parameter allows it.
+    """
+    rate = LEARNING_RATES.get(tuning, OTHERS)
+    return partial(_adamw, may_fuse=may_fuse, lr=rate, weight_decay=0.05)
 
 
 def build_optimizer(
@@ -133,6 +143,42 @@ def scheduler_config(
     by_step = isinstance(scheduler, OneCycle | OneCycleLR | CyclicLR)
     interval = "step" if by_step else "epoch"
     return {"scheduler": scheduler, "interval": interval, "monitor": monitor}
+
+
+def _adamw(groups: Iterable[dict[str, Any]], may_fuse: bool, **settings: Any) -> AdamW:
+    groups = list(groups)
+    fused = may_fuse and _can_fuse([p for group in groups for p in group["params"]])
+    # None, not False, lets torch choose: foreach on a GPU, and a loop on a CPU, where foreach takes
+    # 0.8 to 1.0 of the loop's time for adapters, and 1.0 to 1.3 for full tuning.
+    optimizer = AdamW(groups, fused=fused or None, **settings)
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    return optimizer
+
+
+def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether one fused kernel takes all of these: no mixture of DTensors and others, for one.
+
+    On a CPU it goes through memory in order and compares no strides: with parameters that are
+    contiguous, so are gradients and new moments.
+    """
+    kinds = {(type(p), getattr(p, "device_mesh", None)) for p in parameters}
+    return len(kinds) == 1 and all(
+        p.device.type in FUSED and p.is_floating_point() and p.is_contiguous() for p in parameters
+    )
+
+
+def _keep_implementation(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Takes moments from a checkpoint, but not how its run made a step.
+
+    Its flags would put a step of the one kind into an optimizer that was made for the other, and
+    its moments may lie in memory in another order.
+    """
+    own = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
+    state = saved["state"]
+    if own["fused"]:
+        state = {i: {k: v.contiguous() for k, v in kept.items()} for i, kept in state.items()}
+    groups = [{**group, **own} for group in saved["param_groups"]]
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def _kind(name: str, heads: Sequence[str], adapter: bool) -> str:

@@ -132,14 +132,17 @@ def _thin_grads(ctx: Any, gy: Tensor) -> Any:
     step: Step = ctx.step
     wants, maps = ctx.needs_input_grad, step.map
     thin = step.thin(narrow, gy.dtype)
-    g_hidden = maps.hidden_grad(gy, widen.to(gy.dtype))
+    wide = widen.to(gy.dtype)
     x = None if saved is None else maps.prepared(step.input(saved, gy.dtype))
     gx = gw = gb = g_widen = g_narrow = hidden = None
     if wants[0]:
         like = maps.stand_in(gy, ctx.shape) if x is None else x
-        gx = maps.input_grad(gy, step.kernel(weight, widen, narrow, like), like)
+        kernel = step.kernel(weight, widen, narrow, like)
+        gx, g_hidden = maps.input_and_hidden_grad(gy, kernel, wide, like)
         if not step.rebuild and step.dropout is None:
             gx = maps.plus_input_grad(gx, g_hidden, thin)
+    else:
+        g_hidden = maps.hidden_grad(gy, wide)
     if step.dropout is not None and x is not None:
         gx, hidden, g_narrow = step.dropout.chain_grads(maps, gx, g_hidden, thin, x)
         g_narrow = step.dropout.amplified(g_narrow)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .depthwise import kernel_grad, suits
 
+# From more inputs on, a product costs so much that reading its gradient twice does not show.
+FEW = 256
+
 
 class _Plain:
     """A map that takes the layer's input as it is."""
@@ -52,6 +55,16 @@ class LinearMap(_Plain):
         """The gradient of the input."""
         # Of more than two dimensions, matmul may make a slower batched product.
         return (_rows(gy) @ weight).view(*gy.shape[:-1], weight.shape[1])
+
+    def input_and_hidden_grad(
+        self, gy: Tensor, weight: Tensor, widen: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`input_grad` and `hidden_grad`; of few inputs in one product, which reads ``gy`` once."""
+        fan_out, fan_in = weight.shape
+        if fan_in > FEW or fan_out < 2 * fan_in:
+            return self.input_grad(gy, weight, x), self.hidden_grad(gy, widen)
+        both = (_rows(gy) @ torch.cat([weight, widen], 1)).view(*gy.shape[:-1], -1)
+        return both[..., :fan_in].contiguous(), both[..., fan_in:]
 
     def grads(self, gy: Tensor, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of input and weight."""
@@ -130,6 +143,12 @@ class ConvMap(_Plain):
         """The gradient of the input, whose values are not read but its shape and layout are."""
         gradient: Tensor = self._backward(gy, x, weight, True, False)[0]
         return gradient
+
+    def input_and_hidden_grad(
+        self, gy: Tensor, weight: Tensor, widen: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`input_grad` and `hidden_grad`."""
+        return self.input_grad(gy, weight, x), self.hidden_grad(gy, widen)
 
     def weight_grad(self, gy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of a weight of this shape."""

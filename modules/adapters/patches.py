@@ -71,6 +71,12 @@ class PatchMap(LinearMap):
         """The gradient of the patches."""
         return super().input_grad(gy.movedim(1, -1), _flat(weight), x)
 
+    def input_and_hidden_grad(
+        self, gy: Tensor, weight: Tensor, widen: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the patches and of what `hidden` gives."""
+        return self.input_grad(gy, weight, x), self.hidden_grad(gy, widen)
+
     def weight_grad(self, gy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the weight."""
         return self.narrow_grad(gy.movedim(1, -1), x, shape)

@@ -78,9 +78,9 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def products(path: str, tuning: type = FLoRA) -> int:
+def products(path: str, tuning: type = FLoRA, width: int = 48) -> int:
     """Matrix products of a forward and backward of one adapted linear layer."""
-    net = nn.Sequential(nn.Linear(32, 48))
+    net = nn.Sequential(nn.Linear(32, width))
     inject(net, tuning(rank=4, targets=LINEAR, path=path))
     x = torch.randn(16, 32, requires_grad=True)
     with Counting() as counting:
@@ -92,6 +92,12 @@ def products(path: str, tuning: type = FLoRA) -> int:
 def test_products_of_lora(path: str, count: int) -> None:
     """Forward, input gradient, and for the factors: W + dW or the chain, and their gradients."""
     assert products(path, LoRA) == count
+
+
+@pytest.mark.parametrize(("path", "count"), [("side", 8), ("rebuilt", 7), ("merged", 7)])
+def test_few_inputs_read_the_gradient_once(path: str, count: int) -> None:
+    """The gradients of the input and of what A made of it are one product."""
+    assert products(path, LoRA, width=64) == count
 
 
 @pytest.mark.parametrize(

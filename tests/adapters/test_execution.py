@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from litflora.adapters import AdapterError, inject, summary
+from litflora.adapters import AdapterError, FLoRA, inject, summary
 
 from .cases import (
     BOTH,
@@ -26,6 +26,7 @@ from .cases import (
     SQUARE,
     Case,
     Experts,
+    Holder,
     adapt,
     assert_close,
     assert_gradients_close,
@@ -94,6 +95,23 @@ def test_channels_last_stays(case: Case, method: str, path: str, weights_too: bo
         assert_close(y, expected, 1e-10)
         assert base(x).is_contiguous(memory_format=torch.channels_last)
         assert y.is_contiguous(memory_format=torch.channels_last), f"{training=}"
+
+
+@pytest.mark.parametrize("path", ["side", "rebuilt"])
+def test_few_inputs_are_exact_where_one_product_gives_two_gradients(path: str) -> None:
+    base = Holder(nn.Linear(6, 20)).double()
+    model = deepcopy(base)
+    inject(model, FLoRA(rank=3, path=path, targets="layer"))
+    randomize(model)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y, expected = model(x), with_deltas(base, model, x)
+    assert_gradients_close(y, expected, [x, *factors(model)])
+    leaves, twice = [x, *factors(model)], []
+    for z in (model(x), with_deltas(base, model, x)):
+        (first,) = torch.autograd.grad(z.pow(3).sum(), x, create_graph=True)
+        twice.append(torch.autograd.grad(first.square().sum(), leaves))
+    for one, other in zip(*twice, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @table(FAMILIES)

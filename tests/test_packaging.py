@@ -97,8 +97,10 @@ def test_the_engine_needs_torch_alone():
     python(
         "import sys, litflora; litflora.FLoRA; litflora.adapters.inject\n"
         "others = {'lightning', 'timm', 'torchvision', 'torchmetrics', 'jsonargparse', 'peft'}\n"
+        "others.add('rich')\n"
         "assert not others & set(sys.modules), others & set(sys.modules)\n"
         "ours = {name for name in sys.modules if name.startswith('litflora.')}\n"
+        "ours.discard('litflora.replacing')  # how any file is written, by os alone\n"
         "assert all(name.startswith('litflora.adapters') for name in ours), ours"
     )
 

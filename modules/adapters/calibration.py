@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from .delta import Delta, Path
@@ -80,6 +78,9 @@ def calibrate(model: nn.Module, *inputs: Any, repetitions: int = 7) -> list[Timi
     Raises:
         AdapterError: No layer leaves a choice, or the file cannot be written.
     """
+    from rich.console import Console  # the engine as such needs torch alone
+    from rich.progress import track
+
     check_writable()
     met = _meet(model, inputs)
     if not met:

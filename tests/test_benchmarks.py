@@ -1,48 +1,52 @@
-"""The benchmarks run, and their GPU branch asks CUDA for what it should."""
+"""The benchmarks run, their checks see what is wrong, and CUDA is asked for what it should be."""
 
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+import re
+from functools import partial
 
+import models
 import pytest
+import step
+import timing
 import torch
+import training
+from torch import nn
 
 from litflora.adapters.maps import LinearMap
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+VISION = "vit_small_patch16_224"
+
+
+class Shallow(models.Vision):
+    """Two blocks of a ViT."""
+
+    def build(self):
+        net = super().build()
+        net.blocks = net.blocks[:2]
+        return net
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Models of the same kinds, but small."""
+    monkeypatch.setitem(models.MODELS, VISION, Shallow(2, 32, "vit_tiny_patch16_224"))
 
 
 @pytest.fixture
-def step(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "step", raising=False)
-    import step
+def run(monkeypatch, tmp_path, capsys):
+    """Runs the command; returns what it prints."""
 
-    return step
+    def go(*words, device="cpu"):
+        common = ["--repetitions", "1", "--device", device, "--out", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", ["step.py", *words, *common])
+        step.main()
+        return capsys.readouterr().out
 
-
-def test_a_table_and_a_picture(step, tmp_path, monkeypatch, capsys):
-    small = ["--batch", "2", "--size", "32", "--repetitions", "1", "--device", "cpu"]
-    variants = ["full", "floor", "PEFT LoRA, linear", "article's two operations, all"]
-    ours = ["FLoRA auto, all", "LoRA auto, linear, dropout"]
-    words = ["step.py", "--model", "vit_small_patch16_224", *small, "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*words, "--variants", *variants, *ours])
-    step.main()
-    table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in [*variants, *ours])
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"vit_small_patch16_224_cpu.md", "vit_small_patch16_224_cpu.png"}
+    return go
 
 
-def test_the_check_sees_a_wrong_gradient(step, monkeypatch):
-    right = LinearMap.narrow_grad
-    monkeypatch.setattr(LinearMap, "narrow_grad", lambda *args: 1.001 * right(*args))
-    with pytest.raises(AssertionError):
-        step.check("vit_small_patch16_224", step.VARIANTS["LoRA auto, linear"])
-
-
-def test_on_a_gpu_the_stream_is_timed_and_its_memory_read(step, monkeypatch):
-    """CUDA's clock and memory are stood in for: what counts is the order they are asked in."""
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stands in for a GPU on a machine that may have none; returns what it is asked, in order."""
     asked = []
 
     class Event:
@@ -58,12 +62,78 @@ def test_on_a_gpu_the_stream_is_timed_and_its_memory_read(step, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
-    stepper = SimpleNamespace(step=lambda: asked.append("step"))
-    assert step.seconds(stepper, "cuda") == 0.25
-    assert asked == ["record", "step", "record", "wait", "read"]
-
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: asked.append("reset"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
-    assert step.Stepper.peak(stepper) == 250
-    assert asked[-2:] == ["reset", "step"]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 4 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for owner in (nn.Module, torch.Tensor):
+        monkeypatch.setattr(owner, "to", staying(owner.to))
+    autocast = models.Model.autocast
+    monkeypatch.setattr(models.Model, "autocast", lambda self, device: autocast(self, "cpu"))
+    return asked
+
+
+def staying(to):
+    return lambda self, *args, **kwargs: self if args == ("cuda",) else to(self, *args, **kwargs)
+
+
+def first_cells(text):
+    return re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
+
+
+# Training steps -----------------------------------------------------------------------------------
+
+
+def test_a_table_and_a_picture(run, tmp_path):
+    variants = ["full", "floor", "PEFT LoRA, linear", "article's two operations, all"]
+    variants += ["LyCORIS LoCon-Tucker, all", "FLoRA auto, all", "LoRA auto, linear, dropout"]
+    text = run("--model", VISION, "--batch", "3", "--size", "48", "--variants", *variants)
+    assert f"{VISION}, 48 pixels, batch 3, rank 8, float32" in text
+    assert first_cells(text) == ["variant", *variants]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{VISION}_cpu.md", f"{VISION}_cpu.png"}
+    assert text.endswith((tmp_path / f"{VISION}_cpu.md").read_text())
+
+
+@pytest.mark.parametrize("name", [VISION])
+def test_the_check_sees_a_wrong_gradient(run, monkeypatch, name):
+    right = LinearMap.narrow_grad
+    monkeypatch.setattr(LinearMap, "narrow_grad", lambda *args: 1.001 * right(*args))
+    with pytest.raises(AssertionError, match="lora_A"):
+        run("--model", name, "--variants", "LoRA auto, linear")
+
+
+@pytest.mark.parametrize("name", [VISION])
+def test_the_floor_alone_reaches_the_input(name):
+    steppers = training.build(models.MODELS[name], ["floor", "probe"], "cpu")
+    for stepper in steppers.values():
+        stepper.loss().backward()
+    assert steppers["floor"].x.grad.abs().sum() > 0
+    assert steppers["probe"].x.grad is None
+    assert steppers["floor"].saved() > steppers["probe"].saved()
+
+
+# The device ---------------------------------------------------------------------------------------
+
+
+def test_turns_go_up_and_down_the_list_after_one_for_warmth():
+    order = []
+    runs = {name: partial(order.append, name) for name in "abc"}
+    timing.alternate(runs, "cpu", 2)
+    assert "".join(order) == "abc" + "abc" + "cba"
+
+
+def test_on_a_gpu_the_stream_is_timed(cuda):
+    assert timing.seconds(lambda: cuda.append("step"), "cuda") == 0.25
+    assert cuda == ["record", "step", "record", "wait", "read"]
+
+
+@pytest.mark.parametrize("name", [VISION])
+def test_on_a_gpu_the_table_has_the_peak_memory(run, cuda, name):
+    text = run(
+        "--model", name, "--variants", "PEFT LoRA, linear", "LoRA auto, linear", device="cuda"
+    )
+    assert "bf16 autocast, a GPU, medians of 1" in text
+    assert "| peak MiB | / PEFT |" in text
+    assert re.search(r"^\| LoRA auto, linear \|.* 250 \|.*\| 3\.0 \| 1\.00 \|$", text, re.MULTILINE)
+    assert cuda == 2 * ["record", "record", "wait", "read"] + 2 * ["reset"]

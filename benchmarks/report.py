@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,10 +26,16 @@ def about(device: str, precision: str, repetitions: int) -> str:
     if device == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        name = platform.processor() or platform.machine()
         count = torch.get_num_threads()
-        machine = f"{name} with {count} thread{'s' if count > 1 else ''}"
+        machine = f"{processor()} with {count} thread{'s' if count > 1 else ''}"
     return f"{precision}, {machine}, medians of {repetitions}"
+
+
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name: Linux keeps it in a file, other systems tell Python."""
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def write(path: Path, text: str) -> None:

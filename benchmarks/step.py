@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224", choices=MODELS)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--layers", action="store_true", help="single layers, by shape")
+    what.add_argument("--layers", action="store_true", help="single layers, by shape, on a CPU")
     what.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--size", type=int)
@@ -63,12 +63,9 @@ def step_table(args: argparse.Namespace) -> tuple[str, str]:
 
 def layer_table(args: argparse.Namespace) -> tuple[str, str]:
     """The name of its file, and the text."""
-    where = about(args.device, "float32", args.repetitions)
+    where = about("cpu", "float32", args.repetitions)
     text = shapes.table(args.repetitions)
-    return (
-        f"layers_{args.device}",
-        f"forward and backward relative to full tuning, {where}\n\n{text}",
-    )
+    return "layers_cpu", f"forward and backward relative to full tuning, {where}\n\n{text}"
 
 
 def title(args: argparse.Namespace, model: Model) -> str:

@@ -5,6 +5,8 @@ from functools import partial
 
 import models
 import pytest
+import report
+import shapes
 import step
 import timing
 import torch
@@ -137,3 +139,20 @@ def test_on_a_gpu_the_table_has_the_peak_memory(run, cuda, name):
     assert "| peak MiB | / PEFT |" in text
     assert re.search(r"^\| LoRA auto, linear \|.* 250 \|.*\| 3\.0 \| 1\.00 \|$", text, re.MULTILINE)
     assert cuda == 2 * ["record", "record", "wait", "read"] + 2 * ["reset"]
+
+
+def test_single_layers_are_those_of_a_cpu(run, monkeypatch, tmp_path):
+    shape = shapes.Shape("a small one", shapes.linear(8, 16), (4, 8))
+    monkeypatch.setattr(shapes, "SHAPES", [shape])
+    text = run("--layers", device="cuda")
+    assert first_cells(text) == ["layer", "a small one"]
+    assert f"float32, {report.processor()} with" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["layers_cpu.md"]
+
+
+def test_the_name_of_the_processor(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: A Fast One\ncache\t: 1\n")
+    assert report.processor(info) == "A Fast One"
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    assert report.processor(tmp_path / "none") == "arm"

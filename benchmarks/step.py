@@ -34,21 +34,27 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_small_patch16_224", choices=MODELS)
+    parser.add_argument("--model", default="vit_small_patch16_224", choices=MODELS["cpu"])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--layers", action="store_true", help="single layers, by shape, on a CPU")
-    what.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    what.add_argument("--variants", nargs="+", choices=VARIANTS, help="all that suit the model")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--size", type=int)
+    parser.add_argument("--size", type=int, help="pixels of a side, or tokens")
     parser.add_argument("--repetitions", type=int, default=7)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
+    parser.add_argument("--device", default=default, choices=MODELS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_step"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    suited = [name for name, v in VARIANTS.items() if v.suits(model_of(args).convolutional)]
+    args.variants = args.variants or suited
+    for name in args.variants:
+        if name not in suited:
+            parser.error(f"{name!r} adapts convolutions, which {args.model} has none of")
+    return args
 
 
 def model_of(args: argparse.Namespace) -> Model:
-    model = MODELS[args.model]
+    model = MODELS[args.device][args.model]
     return replace(model, batch=args.batch or model.batch, size=args.size or model.size)
 
 

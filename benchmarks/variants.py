@@ -38,6 +38,10 @@ class Variant:
         """The network, ready to train."""
         return self.tune(net, layers(net, self.kinds))
 
+    def suits(self, convolutional: bool) -> bool:
+        """Whether it has something of its own to do: what adapts convolutions wants some."""
+        return convolutional or self.kinds <= LINEAR
+
 
 def layers(net: nn.Module, kinds: frozenset[str]) -> list[str]:
     """Names of the layers of some kinds: linear, dense (convolutions), depthwise; not the head."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from litflora.adapters.maps import LinearMap
 
-VISION = "vit_small_patch16_224"
+VISION, LLAMA = "vit_small_patch16_224", "llama_7b_stack"
 
 
 class Shallow(models.Vision):
@@ -30,7 +30,9 @@ class Shallow(models.Vision):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Models of the same kinds, but small."""
-    monkeypatch.setitem(models.MODELS, VISION, Shallow(2, 32, "vit_tiny_patch16_224"))
+    for known in models.MODELS.values():
+        monkeypatch.setitem(known, VISION, Shallow(2, 32, "vit_tiny_patch16_224"))
+        monkeypatch.setitem(known, LLAMA, known[LLAMA].small())
 
 
 @pytest.fixture
@@ -97,7 +99,18 @@ def test_a_table_and_a_picture(run, tmp_path):
     assert text.endswith((tmp_path / f"{VISION}_cpu.md").read_text())
 
 
-@pytest.mark.parametrize("name", [VISION])
+def test_a_model_without_convolutions_has_the_variants_that_adapt_none(run, capsys):
+    text = run("--model", LLAMA)
+    left_out = ("dense", ", all")
+    wanted = [name for name in step.VARIANTS if not name.endswith(left_out)]
+    assert first_cells(text) == ["variant", *wanted]
+    assert "bf16 weights, bf16 autocast" in text
+    with pytest.raises(SystemExit):
+        run("--model", LLAMA, "--variants", "FLoRA auto, all")
+    assert "adapts convolutions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [VISION, LLAMA])
 def test_the_check_sees_a_wrong_gradient(run, monkeypatch, name):
     right = LinearMap.narrow_grad
     monkeypatch.setattr(LinearMap, "narrow_grad", lambda *args: 1.001 * right(*args))
@@ -105,14 +118,28 @@ def test_the_check_sees_a_wrong_gradient(run, monkeypatch, name):
         run("--model", name, "--variants", "LoRA auto, linear")
 
 
-@pytest.mark.parametrize("name", [VISION])
+@pytest.mark.parametrize("name", [VISION, LLAMA])
 def test_the_floor_alone_reaches_the_input(name):
-    steppers = training.build(models.MODELS[name], ["floor", "probe"], "cpu")
+    steppers = training.build(models.MODELS["cpu"][name], ["floor", "probe"], "cpu")
     for stepper in steppers.values():
         stepper.loss().backward()
     assert steppers["floor"].x.grad.abs().sum() > 0
     assert steppers["probe"].x.grad is None
     assert steppers["floor"].saved() > steppers["probe"].saved()
+
+
+def test_the_stack_has_the_shape_of_llama_7b():
+    """A layer of the real model has 202,383,360 parameters; a token sees none that follow."""
+    with torch.device("meta"):
+        net = models.Llama(batch=1, size=8, layers=2).build()
+    layers = list(net.stack.layers.parameters())
+    assert sum(p.numel() for p in layers) == 2 * 202_383_360
+    assert {p.dtype for p in layers} == {torch.bfloat16}
+
+    small = models.MODELS["cpu"][LLAMA]
+    net, x = small.build(), small.example()
+    before, after = (net.stack(inputs_embeds=each).last_hidden_state for each in (x, x[:, :-1]))
+    torch.testing.assert_close(before[:, :-1], after)
 
 
 # The device ---------------------------------------------------------------------------------------
@@ -130,7 +157,7 @@ def test_on_a_gpu_the_stream_is_timed(cuda):
     assert cuda == ["record", "step", "record", "wait", "read"]
 
 
-@pytest.mark.parametrize("name", [VISION])
+@pytest.mark.parametrize("name", [VISION, LLAMA])
 def test_on_a_gpu_the_table_has_the_peak_memory(run, cuda, name):
     text = run(
         "--model", name, "--variants", "PEFT LoRA, linear", "LoRA auto, linear", device="cuda"

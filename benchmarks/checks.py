@@ -1,4 +1,4 @@
-"""What must hold before anything is timed: gradients are those of W + dW."""
+"""What must hold before anything is timed: gradients and outputs are those of W + dW."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ def check_gradients(model: Model, variant: Variant) -> None:
     found = torch.autograd.grad(net(x).square().sum(), list(trained.values()))
     for name, one, other in zip(trained, found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10 * other.abs().max(), msg=name)
+
+
+def check_outputs(found: Tensor, expected: Tensor, base: Tensor, tolerance: float) -> None:
+    """Raises unless an adapted model's outputs are those of the base with W + dW.
+
+    Args:
+        found: What the adapted model gives, merged or not.
+        expected: What the base gives with W + dW for its weights.
+        base: What it gives with W. An error counts as a share of what dW changes, so that adapters
+            which change nothing do not pass.
+        tolerance: The share that rounding may make.
+    """
+    change = (expected - base).float().norm()
+    error = float((found - expected).float().norm() / change)
+    if not error <= tolerance:  # nor if it is not a number
+        raise AssertionError(f"outputs are off by {error:.2g} of what the adapters change")

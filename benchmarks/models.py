@@ -77,7 +77,11 @@ class Vision(Model):
     def build(self) -> nn.Module:
         """The network for images of this size."""
         options = {"img_size": self.size} if self.name.startswith("vit") else {}
-        return timm.create_model(self.name, num_classes=CLASSES, **options)
+        net = timm.create_model(self.name, num_classes=CLASSES, **options)
+        for name, parameter in net.named_parameters():
+            if name.endswith("gamma"):  # layer scale, so small at first that blocks do nothing
+                nn.init.ones_(parameter)
+        return net
 
     def example(self) -> Tensor:
         """Images of noise."""

@@ -1,13 +1,15 @@
-"""What adapters cost: a training step with each tuning, and single layers.
+"""What adapters cost: a training step with each tuning, single layers, and inference.
 
     python benchmarks/step.py --model vit_small_patch16_224
+    python benchmarks/step.py --model vit_small_patch16_224 --inference
     python benchmarks/step.py --layers
 
 All variants of a model live in one process and take turns, up and down the list, so that whatever
 else the machine does falls on all of them. Before anything is timed, the gradients of litflora's
-variants are compared with those of W + dW under plain autograd, in float64. On a CPU the time is
-that of the processor, on a GPU that between two events. Peers come with pip install -e '.[bench]'.
-The table goes to the screen and, with a picture of a training step, to --out.
+variants are compared with those of W + dW under plain autograd, in float64; for inference, the
+outputs of all adapted models are. On a CPU the time is that of the processor, on a GPU that between
+two events. Peers come with pip install -e '.[bench]'. The table goes to the screen and, with a
+picture of a training step, to --out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import inference
 import shapes
 import torch
 import training
@@ -26,7 +29,7 @@ from variants import RANK, VARIANTS
 
 def main() -> None:
     args = parse_args()
-    table = layer_table if args.layers else step_table
+    table = layer_table if args.layers else inference_table if args.inference else step_table
     name, text = table(args)
     print(text)
     write(args.out / f"{name}.md", text)
@@ -37,14 +40,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_small_patch16_224", choices=MODELS["cpu"])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--layers", action="store_true", help="single layers, by shape, on a CPU")
+    what.add_argument("--inference", action="store_true", help="forward alone, unmerged and merged")
     what.add_argument("--variants", nargs="+", choices=VARIANTS, help="all that suit the model")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--size", type=int, help="pixels of a side, or tokens")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, help="7, for inference 21")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=MODELS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_step"))
     args = parser.parse_args()
+    # Ratios close to one want more turns.
+    args.repetitions = args.repetitions or (21 if args.inference else 7)
     suited = [name for name, v in VARIANTS.items() if v.suits(model_of(args).convolutional)]
     args.variants = args.variants or suited
     for name in args.variants:
@@ -65,6 +71,13 @@ def step_table(args: argparse.Namespace) -> tuple[str, str]:
     name = f"{args.model}_{args.device}"
     training.draw(costs, args.model, args.out / f"{name}.png")
     return name, f"{title(args, model)}\n\n{training.table(costs)}"
+
+
+def inference_table(args: argparse.Namespace) -> tuple[str, str]:
+    """The name of its file, and the text."""
+    model = model_of(args)
+    text = inference.table(model, args.device, args.repetitions)
+    return f"{args.model}_inference_{args.device}", f"{title(args, model)}\n\n{text}"
 
 
 def layer_table(args: argparse.Namespace) -> tuple[str, str]:

@@ -1,8 +1,10 @@
 """The benchmarks run, their checks see what is wrong, and CUDA is asked for what it should be."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
+import inference
 import models
 import pytest
 import report
@@ -13,6 +15,8 @@ import torch
 import training
 from torch import nn
 
+from litflora.adapters import merge
+from litflora.adapters.cache import WeightCache
 from litflora.adapters.maps import LinearMap
 
 VISION, LLAMA = "vit_small_patch16_224", "llama_7b_stack"
@@ -142,6 +146,60 @@ def test_the_stack_has_the_shape_of_llama_7b():
     torch.testing.assert_close(before[:, :-1], after)
 
 
+# Inference ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [VISION, LLAMA])
+def test_inference_unmerged_and_merged(run, tmp_path, name):
+    text = run("--model", name, "--inference")
+    adapters = ("FLoRA", "LoRA", "PEFT LoRA")
+    both = [f"{adapter}, {state}" for adapter in adapters for state in ("unmerged", "merged")]
+    assert first_cells(text) == ["inference", "base", *both]
+    assert re.search(r"^\| base \| [\d.]+ \| 1\.00 \|$", text, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}_inference_cpu.md"]
+
+
+@pytest.mark.parametrize("name", inference.CONTESTANTS)
+def test_what_is_timed_is_merged_or_not_and_does_not_train(name):
+    model = models.MODELS["cpu"][VISION]
+    base, x, autocast = model.build().eval(), model.example(), model.autocast("cpu")
+    nets = inference.adapted(name, base, x, autocast, 1e-4)
+    for key, net in nets.items():
+        sets = [getattr(layer, "adapters", layer) for layer in net.modules()]  # PEFT's is the layer
+        states = {bool(each.merged) for each in sets if hasattr(each, "merged")}
+        assert states == {key == f"{name}, merged"}
+        assert not net.training
+        assert not inference.infer(net, x, autocast).requires_grad
+
+
+def test_adapters_below_a_layer_scale_act():
+    """Next to adapters that change next to nothing, the rounding of a side path is an error."""
+    model = models.Vision(1, 32, "convnext_tiny")
+    base = model.build().eval()
+    inference.adapted("PEFT LoRA", base, model.example(), model.autocast("cpu"), 1e-4)
+
+
+def wrongly(net):
+    merge(net)
+    with torch.no_grad():
+        next(p for name, p in net.named_parameters() if "qkv.weight" in name).mul_(1.05)
+
+
+@pytest.mark.parametrize("fault", ["merged", "unmerged", "zero", "sums"])
+def test_the_check_sees_wrong_outputs(run, monkeypatch, fault):
+    right = inference.CONTESTANTS["FLoRA"]
+    if fault == "merged":
+        monkeypatch.setitem(inference.CONTESTANTS, "FLoRA", replace(right, merge=wrongly))
+    elif fault == "unmerged":
+        monkeypatch.setattr(WeightCache, "get", lambda self, param, weight, *_: weight)
+    elif fault == "zero":
+        monkeypatch.setattr(inference, "fill", lambda *_: None)
+    else:
+        monkeypatch.setitem(inference.CONTESTANTS, "FLoRA", replace(right, sums=lambda net: {}))
+    with pytest.raises(AssertionError, match="what the adapters change"):
+        run("--model", VISION, "--inference")
+
+
 # The device ---------------------------------------------------------------------------------------
 
 
@@ -166,6 +224,13 @@ def test_on_a_gpu_the_table_has_the_peak_memory(run, cuda, name):
     assert "| peak MiB | / PEFT |" in text
     assert re.search(r"^\| LoRA auto, linear \|.* 250 \|.*\| 3\.0 \| 1\.00 \|$", text, re.MULTILINE)
     assert cuda == 2 * ["record", "record", "wait", "read"] + 2 * ["reset"]
+
+
+@pytest.mark.parametrize("name", [VISION, LLAMA])
+def test_on_a_gpu_inference_is_timed_by_the_stream(run, cuda, name):
+    text = run("--model", name, "--inference", device="cuda")
+    assert text.count("| 250.0 | 1.00 |") == 7
+    assert cuda == 7 * ["record", "record", "wait", "read"]
 
 
 def test_single_layers_are_those_of_a_cpu(run, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import report
 import torch
 from rich.progress import track
 from torch import Tensor, nn
@@ -89,14 +90,14 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
 
 def table(repetitions: int) -> str:
     """Time of each variant relative to full tuning of the layer, medians; CPU time."""
-    lines = [f"| layer | {' | '.join(VARIANTS)} |", "|---" * (1 + len(VARIANTS)) + "|"]
+    rows = []
     for shape in track(SHAPES, description="shapes"):
         times = measure(shape, repetitions)
         cells = [
             f"{times[name] / times['full']:.2f}" if name in times else "-" for name in VARIANTS
         ]
-        lines.append(f"| {shape.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([shape.name, *cells])
+    return report.table(["layer", *VARIANTS], rows)
 
 
 def measure(shape: Shape, repetitions: int) -> dict[str, float]:

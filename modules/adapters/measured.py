@@ -95,11 +95,12 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_processor()} (threads: {torch.get_num_threads()})"
+    count = torch.get_num_threads()
+    return f"{processor()} with {count} thread{'s' if count > 1 else ''}"
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name: Linux keeps it in a file, other systems tell Python."""
     text = info.read_text("utf-8", errors="replace") if info.exists() else ""
     found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()

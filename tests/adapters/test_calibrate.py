@@ -13,7 +13,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from litflora.adapters import AdapterError, FLoRA, LoRA, calibrate, inject, summary
-from litflora.adapters.measured import check_writable, device_name, file, forget, weight_key, write
+from litflora.adapters.measured import (
+    check_writable,
+    device_name,
+    file,
+    forget,
+    processor,
+    weight_key,
+    write,
+)
 
 from .cases import Holder, assert_close, assert_gradients_close, factors, randomize, with_deltas
 
@@ -182,3 +190,11 @@ def test_a_compiled_layer_follows_it_in_one_graph() -> None:
     assert_close(compiled(x), with_deltas(base, model, x), 1e-5)
     compiled(x).sum().backward()
     assert counter.frame_count == 1
+
+
+def test_the_name_of_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: A Fast One\ncache\t: 1\n")
+    assert processor(info) == "A Fast One"
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    assert processor(tmp_path / "none") == "arm"

@@ -49,7 +49,7 @@ class WeightCache:
     def get(self, param: str, weight: Tensor, total: Total, dtype: torch.dtype) -> Tensor:
         """Returns ``W + dW`` in ``dtype``, for a forward without gradients."""
         parts = (weight, *total.tensors())
-        if not may_keep(parts):
+        if _is_traced() or not all(map(_has_version, parts)):
             return _added(weight, total, dtype)
         scales = [
             (share, leaf and leaf.scale) for d, share in total.terms for _, leaf in d.leaves()
@@ -58,24 +58,25 @@ class WeightCache:
         kept = self._kept.get(param)
         if kept is None or kept.state != state or any(map(_differ, kept.parts, parts)):
             self._kept.pop(param, None)  # before the new one, so that there are never two
+            if any(map(_is_unwatched, parts)):
+                return _added(weight, total, dtype)
             storages = tuple(part.untyped_storage() for part in parts)
             kept = _Kept(parts, storages, state, _added(weight, total, dtype))
             self._kept[param] = kept
         return kept.value
 
 
-def may_keep(parts: tuple[Tensor, ...]) -> bool:
-    """Whether changes of these tensors can be seen later."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not any(map(_is_unwatched, parts))
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _has_version(part: Tensor) -> bool:
+    return type(part) in (Tensor, nn.Parameter) and not part.is_inference()
 
 
 def _is_unwatched(part: Tensor) -> bool:
     """Whether a tensor can change unseen: another process may write to shared memory."""
-    if type(part) not in (Tensor, nn.Parameter) or part.is_inference() or part.is_meta:
-        return True
-    return part.device.type == "cpu" and part.is_shared()
+    return part.is_meta or (part.device.type == "cpu" and part.is_shared())
 
 
 def _added(weight: Tensor, total: Total, dtype: torch.dtype) -> Tensor:

@@ -100,9 +100,11 @@ class MapCall:
 
     def with_weight(self, weight: Tensor) -> Tensor:
         """The map with another weight, in the layout and type that are stored and computed in."""
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        x = self.map.prepared(self.x.to(self.dtype))
-        y = self.map(x, weight.T if self.swapped else weight, bias)
+        dtype = self.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = self.map(
+            self.map.prepared(self.x.to(dtype)), weight.T if self.swapped else weight, bias
+        )
         return y.squeeze(0) if self.unbatched else y
 
     def with_delta(self, total: Total, path: str) -> Tensor:

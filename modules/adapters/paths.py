@@ -38,7 +38,6 @@ class Choice:
         dtype: What the layer computes in; the weight's own type if None.
         leaves: The deltas, those of a fused weight's parts each by itself.
         info: The weight, as its deltas know it.
-        rank: Rows of A in dW = B A; None if some delta has no such form.
     """
 
     total: Total
@@ -50,19 +49,21 @@ class Choice:
 
     leaves: list[Delta] = field(init=False)
     info: WeightInfo = field(init=False)
-    rank: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         pairs = (pair for delta, _ in self.total.terms for pair in delta.leaves())
         self.leaves = [leaf for _, leaf in pairs if leaf is not None]
         self.info = self.leaves[0].info
+
+    def rank(self) -> int | None:
+        """Rows of A in dW = B A; None if some delta has no such form."""
         forms = [leaf.tucker() for leaf in self.leaves]
         ranks = [form[0].shape[self.info.out_dim] for form in forms if form is not None]
-        self.rank = sum(ranks) if len(ranks) == len(forms) else None
+        return sum(ranks) if len(ranks) == len(forms) else None
 
     def key(self) -> str:
         """The name under which this weight's paths are timed."""
-        return weight_key(self.info, self.rank or 0, self.dtype or self.weight.dtype)
+        return weight_key(self.info, self.rank() or 0, self.dtype or self.weight.dtype)
 
 
 def choose(choice: Choice) -> str:
@@ -91,9 +92,13 @@ def choose(choice: Choice) -> str:
 def forced(choice: Choice) -> str | None:
     """The path of a layer that has no choice: by what was asked for, or for exactness."""
     info, idle = choice.info, not choice.training and not choice.grad
-    dropped = choice.training and any(leaf.dropout > 0 for leaf in choice.leaves)
     asked = {leaf.path for leaf in choice.leaves} - {"auto"}
-    chainless = not info.has_side or choice.rank is None
+    half = choice.weight.dtype in (torch.float16, torch.bfloat16)
+    look_up = info.kind == "embedding"
+    if idle and not ("side" in asked or half or look_up):  # soon told, for inference is short
+        return "kept"
+    dropped = choice.training and any(leaf.dropout > 0 for leaf in choice.leaves)
+    chainless = not info.has_side or choice.rank() is None
     if dropped and (chainless or asked & {"rebuilt", "merged"}):
         raise AdapterError(
             f"{info.name}: the dropout of one active adapter needs the side path, which another "
@@ -105,11 +110,8 @@ def forced(choice: Choice) -> str | None:
         return "side"
     if asked and not idle:
         return possible("merged" if "merged" in asked else "rebuilt", info)
-    half = choice.weight.dtype in (torch.float16, torch.bfloat16)
-    if dropped or half or info.kind == "embedding":
+    if dropped or half or look_up:
         return "side"
-    if idle:
-        return "kept"
     return "merged" if choice.weight.requires_grad else None
 
 
@@ -124,10 +126,11 @@ def by_size(choice: Choice) -> str:
     info = choice.info
     if info.kind == "depthwise":
         return "merged"
-    assert choice.rank is not None
+    rank = choice.rank()
+    assert rank is not None
     fan_out = choice.weight.shape[info.out_dim]
     fan_in = choice.weight.numel() // fan_out
-    own, chain = fan_in * fan_out, choice.rank * (fan_in + fan_out)
+    own, chain = fan_in * fan_out, rank * (fan_in + fan_out)
     pays = choice.rows * (fan_in + fan_out) >= own
     if pays and own <= NARROW * 2 * chain:
         return "merged"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from litflora.adapters.measured import device_name
-from litflora.replacing import replacing
+from litflora.adapters.replacing import replacing
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -100,7 +100,6 @@ def test_the_engine_needs_torch_alone():
         "others.add('rich')\n"
         "assert not others & set(sys.modules), others & set(sys.modules)\n"
         "ours = {name for name in sys.modules if name.startswith('litflora.')}\n"
-        "ours.discard('litflora.replacing')  # how any file is written, by os alone\n"
         "assert all(name.startswith('litflora.adapters') for name in ours), ours"
     )
 

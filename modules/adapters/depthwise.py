@@ -16,7 +16,9 @@ WIDEST = 32
 DTYPES = (torch.float32, torch.float64)  # the diagonals are summed after rounding
 
 
-def suits(gy: Tensor, x: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
+def takes_row_products(
+    gy: Tensor, x: Tensor, stride: list[int], dilation: list[int], groups: int
+) -> bool:
     """Whether `kernel_grad` can be used here, and is the faster way.
 
     Args:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .maps import LinearMap, Map, is_watched, plus, times
-from .patches import PatchMap
 
 # Rows whose mask is drawn at once; a multiple of 4, which is how many elements share a number, so
 # that blocks of rows are given the numbers that the whole would be given.
@@ -65,12 +64,13 @@ class Dropout:
         if not _in_blocks(maps, x):
             mask = self._mask(x)
             if gx is not None:
-                gx = plus(gx, times(maps.narrowed_grad(g_hidden, narrow, x), mask))
+                gx = plus(gx, times(maps.input_grad(g_hidden, narrow, x), mask))
             dropped = x * mask
             g_narrow = maps.narrow_grad(g_hidden, dropped, narrow.shape)
             return gx, maps.hidden(dropped, narrow), g_narrow
         rows, g_rows = x.reshape(-1, x.shape[-1]), g_hidden.reshape(-1, len(narrow))
-        hidden, g_narrow = [], torch.zeros_like(narrow)
+        wide = torch.promote_types(narrow.dtype, torch.float32)  # sums of many blocks would round
+        hidden, g_narrow = [], torch.zeros_like(narrow, dtype=wide)
         for block, mask in self._masks(rows):
             if gx is not None:
                 gx.view(rows.shape)[block] += (g_rows[block] @ narrow).mul_(mask)
@@ -121,5 +121,5 @@ class _Words:
 
 def _in_blocks(maps: Map, x: Tensor) -> bool:
     """Whether rows are dropped some at a time."""
-    linear = isinstance(maps, LinearMap) and not isinstance(maps, PatchMap)
-    return linear and x.device.type == "cpu" and x.numel() > 0 and not is_watched()
+    linear = isinstance(maps, LinearMap) and x.numel() > 0
+    return linear and x.device.type == "cpu" and not is_watched()

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .maps import Map, plus
+from .forms import Form
+from .maps import Map
 from .recompute import Recipe
+from .thin import added
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -43,6 +45,7 @@ class Step:
 
     Attributes:
         map: The layer's own map.
+        form: How the layer's tensors become those of the map.
         out_dim: The mode of the weight that indexes outputs.
         rebuild: Compute with W + dW; otherwise B A runs beside W.
         recipe: Makes the input from its source; None where the input itself is saved.
@@ -50,6 +53,7 @@ class Step:
     """
 
     map: Map
+    form: Form
     out_dim: int = 0
     rebuild: bool = False
     recipe: Recipe | None = None
@@ -68,19 +72,8 @@ class Step:
         """W, or W + dW made in the precision of the factors, for an input like ``x``."""
         if not self.rebuild:
             return weight.to(x.dtype)
-        wide = torch.promote_types(weight.dtype, widen.dtype)
-        widen, narrow = widen.to(wide), narrow.to(wide)
         with without_autocast(weight.device.type):
-            if self.out_dim != 0:
-                dense = torch.tensordot(widen, narrow, dims=([1], [self.out_dim]))
-                return (weight + dense.movedim(0, self.out_dim)).to(x.dtype)
-            if not self.map.wants_channels_last(x):
-                dense = (widen @ narrow.flatten(1)).view(weight.shape)
-                added = plus(dense, weight) if weight.is_contiguous() else weight + dense
-                return added.to(x.dtype)  # laid out as the weight is
-            last = weight.movedim(1, -1)  # one pass lays W out, too, which torch would do after it
-            dense = widen @ narrow.movedim(1, -1).flatten(1)
-            return plus(dense.view(last.shape), last).movedim(-1, 1).to(x.dtype)
+            return added(weight, widen, narrow, self.out_dim, x).to(x.dtype)
 
 
 class Thin(torch.autograd.Function):
@@ -99,16 +92,17 @@ class Thin(torch.autograd.Function):
         step: Step,
     ) -> Tensor:
         """The output."""
-        x = step.map.prepared(x)
+        form = step.form
+        x, weight, narrow = form.input(x), form.weight(weight), form.weight(narrow)
         y = step.map(x, step.kernel(weight, widen, narrow, x), bias)
-        if step.rebuild:
-            return y
-        thin = step.thin(narrow, x.dtype)
-        if step.dropout is None:
-            hidden = step.map.hidden(x, thin)
-        else:
-            hidden = step.dropout.hidden(step.map, x, thin)
-        return step.map.plus_widened(y, hidden, widen.to(x.dtype))
+        if not step.rebuild:
+            thin = step.thin(narrow, x.dtype)
+            if step.dropout is None:
+                hidden = step.map.hidden(x, thin)
+            else:
+                hidden = step.dropout.hidden(step.map, x, thin)
+            y = step.map.plus_widened(y, hidden, widen.to(x.dtype))
+        return form.output(y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,13 +121,18 @@ class Thin(torch.autograd.Function):
             return _thin_grads(ctx, gy)
 
 
+# torch binds the arguments of each call to the signature, which takes longer to find than to use.
+Thin.forward.__signature__ = inspect.signature(Thin.forward)  # type: ignore[attr-defined]
+
+
 def _thin_grads(ctx: Any, gy: Tensor) -> Any:
     saved, weight, widen, narrow = ctx.saved_tensors
     step: Step = ctx.step
-    wants, maps = ctx.needs_input_grad, step.map
-    thin = step.thin(narrow, gy.dtype)
-    wide = widen.to(gy.dtype)
-    x = None if saved is None else maps.prepared(step.input(saved, gy.dtype))
+    wants, maps, form = ctx.needs_input_grad, step.map, step.form
+    shapes, types = (weight.shape, narrow.shape), (weight.dtype, widen.dtype, narrow.dtype)
+    gy, weight, narrow = form.output_grad(gy), form.weight(weight), form.weight(narrow)
+    wide, thin = widen.to(gy.dtype), step.thin(narrow, gy.dtype)
+    x = None if saved is None else form.input(step.input(saved, gy.dtype))
     gx = gw = gb = g_widen = g_narrow = hidden = None
     if wants[0]:
         like = maps.stand_in(gy, ctx.shape) if x is None else x
@@ -150,13 +149,13 @@ def _thin_grads(ctx: Any, gy: Tensor) -> Any:
         hidden = maps.hidden(x, thin)
         g_narrow = maps.narrow_grad(g_hidden, x, narrow.shape)
     if hidden is not None and g_narrow is not None:
-        g_widen = maps.widen_grad(gy, hidden).to(widen.dtype)
-        g_narrow = g_narrow.to(narrow.dtype)
+        g_widen = maps.widen_grad(gy, hidden).to(types[1])
+        g_narrow = form.weight_grad(g_narrow, shapes[1]).to(types[2])
     if x is not None and wants[2]:
-        gw = maps.weight_grad(gy, x, weight.shape).to(weight.dtype)
+        gw = form.weight_grad(maps.weight_grad(gy, x, weight.shape), shapes[0]).to(types[0])
     if wants[3]:
         gb = maps.bias_grad(gy)
-    gx = None if gx is None else maps.restored(gx, ctx.shape)
+    gx = None if gx is None else form.input_grad(gx, ctx.shape)
     return gx, None, gw, gb, g_widen, g_narrow, None
 
 
@@ -177,7 +176,8 @@ class Merged(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         """The output."""
-        return step.map(step.map.prepared(x), (weight + delta).to(x.dtype), bias)
+        form, kernel = step.form, (weight + delta).to(x.dtype)
+        return form.output(step.map(form.input(x), form.weight(kernel), bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -198,31 +198,28 @@ class Merged(torch.autograd.Function):
             return _merged_grads(ctx, gy)
 
 
+Merged.forward.__signature__ = inspect.signature(Merged.forward)  # type: ignore[attr-defined]
+
+
 def _merged_grads(ctx: Any, gy: Tensor) -> Any:
     ctx.make.check(ctx.scales)
     saved, weight, *tensors = ctx.saved_tensors
     step: Step = ctx.step
-    wants = ctx.needs_input_grad
-    gx = gw = gb = None
-    kernel = (weight + ctx.make(*tensors)).to(gy.dtype) if wants[0] else None
-    maps = step.map
-    x = None if saved is None else maps.prepared(step.input(saved, gy.dtype))
+    wants, maps, form = ctx.needs_input_grad, step.map, step.form
+    gy, gx, gw, gb = form.output_grad(gy), None, None, None
+    kernel = form.weight((weight + ctx.make(*tensors)).to(gy.dtype)) if wants[0] else None
+    x = None if saved is None else form.input(step.input(saved, gy.dtype))
     if kernel is not None and x is not None:
         gx, gw = maps.grads(gy, kernel, x)
     elif kernel is not None:
         gx = maps.input_grad(gy, kernel, maps.stand_in(gy, ctx.shape))
     elif x is not None:
         gw = maps.weight_grad(gy, x, weight.shape)
-    gx = None if gx is None else maps.restored(gx, ctx.shape)
-    gw = None if gw is None else gw.to(ctx.delta_dtype)
+    gx = None if gx is None else form.input_grad(gx, ctx.shape)
+    gw = None if gw is None else form.weight_grad(gw, weight.shape).to(ctx.delta_dtype)
     if wants[3]:
-        gb = step.map.bias_grad(gy)
+        gb = maps.bias_grad(gy)
     return gx, None, gw if wants[2] else None, gb, gw, None, None, *[None] * len(tensors)
-
-
-# torch binds the arguments of every call to the signature, which takes longer to find than to use.
-for _function in (Thin, Merged):
-    vars(_function)["forward"].__func__.__signature__ = inspect.signature(_function.forward)
 
 
 def _shape(x: Tensor) -> torch.Size:

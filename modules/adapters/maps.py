@@ -1,8 +1,7 @@
 """Maps: linear layers and convolutions without their tensors, and what backward asks of them.
 
 A map is linear in its input and in its weight. Beside the map itself and its gradients it has the
-thin products of a chain ``x -> x A^T -> x A^T B^T``, with R rows in A. Inputs, and the gradients of
-inputs, are those that `prepared` gives and `restored` takes.
+thin products of a chain ``x -> x A^T -> x A^T B^T``, with R rows in A.
 """
 
 from __future__ import annotations
@@ -14,29 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .depthwise import kernel_grad, suits
+from .depthwise import kernel_grad, takes_row_products
 
 # From more inputs on, a product costs so much that reading its gradient twice does not show.
 FEW = 256
 
 
-class _Plain:
-    """A map that takes the layer's input as it is."""
-
-    def prepared(self, x: Tensor) -> Tensor:
-        """The layer's input as the map takes it."""
-        return x
-
-    def restored(self, gx: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of the layer's input, of this shape, from that of the map's."""
-        return gx
-
-    def wants_channels_last(self, x: Tensor) -> bool:
-        """Whether the weight is best laid out with its input channels last."""
-        return False
-
-
-class LinearMap(_Plain):
+class LinearMap:
     """``y = x W^T`` on the last dimension, for W of shape ``[out, in]``.
 
     Products with a thin matrix have that matrix on the left: on a CPU this is twice to six times as
@@ -101,10 +84,6 @@ class LinearMap(_Plain):
         y.view(-1, y.shape[-1]).addmm_(_rows(hidden), widen.T)  # a reshape could be a copy
         return y
 
-    def narrowed_grad(self, g_hidden: Tensor, narrow: Tensor, x: Tensor) -> Tensor:
-        """``g_hidden A``, the gradient of what `hidden` takes."""
-        return self.input_grad(g_hidden, narrow, x)
-
     def plus_input_grad(self, gx: Tensor, g_hidden: Tensor, narrow: Tensor) -> Tensor:
         """``gx + g_hidden A``; may write into ``gx``."""
         if is_watched():
@@ -114,7 +93,7 @@ class LinearMap(_Plain):
 
 
 @dataclass(frozen=True)
-class ConvMap(_Plain):
+class ConvMap:
     """A convolution; the settings are those of ``torch.ops.aten.convolution``.
 
     Its chain is a convolution to R channels, or R for each group, and a pointwise one.
@@ -130,10 +109,6 @@ class ConvMap(_Plain):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The map itself."""
         return torch.ops.aten.convolution(x, weight, bias, *self._geometry())
-
-    def wants_channels_last(self, x: Tensor) -> bool:
-        """Whether the weight is best laid out with its input channels last: as the input is."""
-        return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
     def stand_in(self, gy: Tensor, shape: torch.Size) -> Tensor:
         """What `input_grad` takes for an input of this shape where that is not at hand."""
@@ -201,13 +176,9 @@ class ConvMap(_Plain):
             return LinearMap().plus_widened(y_rows, hidden_rows, widen).movedim(-1, 1)
         return plus(y, self._point()(hidden, self._kernel(widen)))
 
-    def narrowed_grad(self, g_hidden: Tensor, narrow: Tensor, x: Tensor) -> Tensor:
-        """The gradient of what `hidden` takes."""
-        return self.input_grad(g_hidden, narrow, x)
-
     def plus_input_grad(self, gx: Tensor, g_hidden: Tensor, narrow: Tensor) -> Tensor:
         """``gx`` plus what comes through A; may write into ``gx``."""
-        return plus(gx, self.narrowed_grad(g_hidden, narrow, gx))
+        return plus(gx, self.input_grad(g_hidden, narrow, gx))
 
     def _has_rows(self, y: Tensor) -> bool:
         """Whether pixels lie in memory one after the other, as the rows of a linear map do."""
@@ -216,7 +187,7 @@ class ConvMap(_Plain):
     def _is_small_depthwise(self, gy: Tensor, x: Tensor) -> bool:
         if self.transposed or is_watched() or torch.compiler.is_compiling():
             return False
-        return suits(gy, x, self.stride, self.dilation, self.groups)
+        return takes_row_products(gy, x, self.stride, self.dilation, self.groups)
 
     def _point(self) -> ConvMap:
         n = len(self.stride)
@@ -261,6 +232,13 @@ def plus(y: Tensor, term: Tensor) -> Tensor:
 def times(y: Tensor, factor: Tensor) -> Tensor:
     """``y * factor``; may write into ``y``."""
     return y * factor if is_watched() else y.mul_(factor)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image's pixels lie with their channels together; transforms hide how they lie."""
+    if x.dim() != 4 or torch._C._are_functorch_transforms_active():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def is_watched() -> bool:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from ..replacing import replacing
 from .delta import WeightInfo
 from .errors import AdapterError
+from .replacing import replacing
 
 Table = dict[str, dict[int, str]]  # weight: {rows: path}
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .delta import Delta
 from .dropout import Dropout
+from .forms import Form, Patches, takes_patches
 from .functions import Merged, Step, Thin, compute_dtype, without_autocast
 from .maps import ConvMap, LinearMap, Map
-from .patches import PatchMap, suits
 from .recompute import source_of
 from .thin import thin
 from .total import Total
@@ -67,7 +67,8 @@ class MapCall:
 
     Attributes:
         map: The map.
-        x: Its input, batched and padded.
+        form: How the layer's tensors become those of the map.
+        x: The layer's input, batched and padded.
         weight: The weight as the map takes it.
         bias: The bias.
         out_dim: The mode of that weight which indexes outputs.
@@ -76,6 +77,7 @@ class MapCall:
     """
 
     map: Map
+    form: Form
     x: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -100,11 +102,10 @@ class MapCall:
 
     def with_weight(self, weight: Tensor) -> Tensor:
         """The map with another weight, in the layout and type that are stored and computed in."""
-        dtype = self.dtype
+        dtype, form = self.dtype, self.form
         bias = None if self.bias is None else self.bias.to(dtype)
-        y = self.map(
-            self.map.prepared(self.x.to(dtype)), weight.T if self.swapped else weight, bias
-        )
+        kernel = form.weight(weight.T if self.swapped else weight)
+        y = form.output(self.map(form.input(self.x.to(dtype)), kernel, bias))
         return y.squeeze(0) if self.unbatched else y
 
     def with_delta(self, total: Total, path: str) -> Tensor:
@@ -116,7 +117,7 @@ class MapCall:
         bias = None if self.bias is None else self.bias.to(self.dtype)
         again = all(delta.recompute for delta, _ in total.terms)
         recipe, source = source_of(self.x) if again else (None, None)
-        step = Step(self.map, self.out_dim, path == "rebuilt", recipe)
+        step = Step(self.map, self.form, self.out_dim, path == "rebuilt", recipe)
         tensors: tuple[Tensor | None, ...] = (self.x.to(self.dtype), source, self.weight, bias)
         if path == "merged":
             return self._merged(tensors, total, step)
@@ -143,13 +144,14 @@ class MapCall:
 
     def _beside(self, total: Total) -> Tensor:
         """Every delta as a chain of torch's own operations, with a dropout of its own."""
-        x, weight = self.map.prepared(self.x.to(self.dtype)), self.weight.to(self.dtype)
-        y = self.map(x, weight, None if self.bias is None else self.bias.to(self.dtype))
+        form, bias = self.form, None if self.bias is None else self.bias.to(self.dtype)
+        x = form.input(self.x.to(self.dtype))
+        y = self.map(x, form.weight(self.weight.to(self.dtype)), bias)
         for delta, share in total.terms:
             widen, narrow = (t.to(self.dtype) for t in self._factors([(delta, share)]))
-            hidden = self.map.hidden(F.dropout(x, _dropout(delta)), narrow)
+            hidden = self.map.hidden(F.dropout(x, _dropout(delta)), form.weight(narrow))
             y = self.map.plus_widened(y, hidden, widen)
-        return y
+        return form.output(y)
 
     def _factors(self, terms: list[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
         with without_autocast(self.x.device.type):
@@ -175,21 +177,23 @@ class _Swapped(Total):
 
 
 def _linear(layer: nn.Linear, args: tuple[Any, ...]) -> MapCall:
-    return MapCall(LinearMap(), args[0], layer.weight, layer.bias)
+    return MapCall(LinearMap(), Form(), args[0], layer.weight, layer.bias)
 
 
 def _conv1d(layer: Any, args: tuple[Any, ...]) -> MapCall:
-    return MapCall(LinearMap(), args[0], layer.weight.T, layer.bias, swapped=True)
+    return MapCall(LinearMap(), Form(), args[0], layer.weight.T, layer.bias, swapped=True)
 
 
 def _conv(layer: Conv, args: tuple[Any, ...]) -> MapCall:
     x, unbatched = _batched(layer, args[0])
     x, padding = _padded(layer, x)
     stride, dilation = list(layer.stride), list(layer.dilation)
-    conv: Map = ConvMap(stride, padding, dilation, False, [0] * len(stride), layer.groups)
-    if suits(x, layer.weight, stride, [*padding, *(d - 1 for d in dilation)], layer.groups):
-        conv = PatchMap(stride)
-    return MapCall(conv, x, layer.weight, layer.bias, unbatched=unbatched)
+    offsets = [*padding, *(step - 1 for step in dilation)]
+    if takes_patches(x, layer.weight, stride, offsets, layer.groups):
+        linear, form = LinearMap(), Patches(stride)
+        return MapCall(linear, form, x, layer.weight, layer.bias, unbatched=unbatched)
+    conv = ConvMap(stride, padding, dilation, False, [0] * len(stride), layer.groups)
+    return MapCall(conv, Form(), x, layer.weight, layer.bias, unbatched=unbatched)
 
 
 def _transposed(layer: Transposed, args: tuple[Any, ...]) -> MapCall:
@@ -197,7 +201,7 @@ def _transposed(layer: Transposed, args: tuple[Any, ...]) -> MapCall:
     more, stride, dilation = _output_padding(layer, args), list(layer.stride), list(layer.dilation)
     padding = [int(side) for side in layer.padding]
     conv = ConvMap(stride, padding, dilation, True, more, layer.groups)
-    return MapCall(conv, x, layer.weight, layer.bias, out_dim=1, unbatched=unbatched)
+    return MapCall(conv, Form(), x, layer.weight, layer.bias, out_dim=1, unbatched=unbatched)
 
 
 def _batched(layer: Conv | Transposed, x: Tensor) -> tuple[Tensor, bool]:

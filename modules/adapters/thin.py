@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .delta import Delta
+from .maps import is_channels_last, plus
 from .tucker import expand
 
 
@@ -24,6 +25,30 @@ def thin(terms: list[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
     if len(pairs) == 1:
         return pairs[0]
     return torch.cat([b for b, _ in pairs], 1), torch.cat([a for _, a in pairs], out_dim)
+
+
+def added(weight: Tensor, widen: Tensor, narrow: Tensor, out_dim: int, x: Tensor) -> Tensor:
+    """``W + B A`` in the wider type of the two, laid out in memory as the layer wants it.
+
+    Args:
+        weight: W.
+        widen: B, ``[out, R]``.
+        narrow: A, of the shape of W with R in the place of its output mode.
+        out_dim: The output mode of W.
+        x: The input that W is for.
+    """
+    wide = torch.promote_types(weight.dtype, widen.dtype)
+    widen, narrow = widen.to(wide), narrow.to(wide)
+    if out_dim != 0:
+        dense = torch.tensordot(widen, narrow, dims=([1], [out_dim]))
+        return weight + dense.movedim(0, out_dim)
+    if narrow.dim() == 4 and is_channels_last(x):
+        # torch's convolution would otherwise lay W + dW out as the input is, in another pass.
+        last = weight.movedim(1, -1)
+        dense = (widen @ narrow.movedim(1, -1).flatten(1)).view(last.shape)
+        return plus(dense, last).movedim(-1, 1)
+    dense = (widen @ narrow.flatten(1)).view(weight.shape)
+    return plus(dense, weight) if weight.is_contiguous() else weight + dense
 
 
 def _pairs(delta: Delta, weight: float) -> list[tuple[Tensor, Tensor]]:
@@ -47,4 +72,5 @@ def _pair(leaf: Delta, scale: float) -> tuple[Tensor, Tensor]:
     widen, rest = factors[out], [None if n == out else f for n, f in enumerate(factors)]
     if widen is None:
         widen = torch.eye(core.shape[out], dtype=core.dtype, device=core.device)
-    return widen if scale == 1.0 else widen * scale, expand(core, rest)
+    # Laid out in order, or a convolution with A would lay out its input anew.
+    return widen if scale == 1.0 else widen * scale, expand(core, rest).contiguous()

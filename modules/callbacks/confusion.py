@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..replacing import replacing
+from ..adapters.replacing import replacing
 from ._files import log_dir
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..replacing import replacing
+from ..adapters.replacing import replacing
 from ._files import log_dir
 
 Row = tuple[str, list[float]]

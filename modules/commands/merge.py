@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     from safetensors.torch import save
 
     from ..adapters import adapter_names, merge
+    from ..adapters.replacing import replacing
     from ..module import from_adapter
-    from ..replacing import replacing
 
     module = from_adapter(args.adapter, **({"weights": args.weights} if args.weights else {}))
     module.configure_model()

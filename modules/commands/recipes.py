@@ -11,8 +11,6 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
-from ..replacing import replacing
-
 ROOT = Path(str(files("litflora.configs")))
 
 
@@ -89,6 +87,8 @@ def _copy(source: Path, dest: Path, force: bool) -> None:
         raise FileExistsError(f"{dest} exists already: give another name, or --force to overwrite")
     if not dest.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {dest.parent} to copy to: make it first")
+    from ..adapters.replacing import replacing  # which loads torch, as no other command here does
+
     with replacing(dest) as temporary:
         temporary.write_bytes(source.read_bytes())
     print(f"{dest}: run it with  litflora fit --config {dest}")

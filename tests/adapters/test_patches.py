@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from litflora.adapters import FLoRA, LoRA, inject
-from litflora.adapters.patches import PatchMap
+from litflora.adapters.forms import Patches
 
 from .cases import Holder, assert_close, assert_gradients_close, factors, randomize, with_deltas
 
@@ -22,13 +22,13 @@ KERNELS: dict[str, Any] = {"square": 2, "wide": (1, 3), "all": (4, 6)}
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Sizes of the inputs that were cut into patches."""
     seen: list[torch.Size] = []
-    prepared = PatchMap.prepared
+    gather = Patches.input
 
-    def watched(self: PatchMap, x: Tensor) -> Tensor:
+    def watched(self: Patches, x: Tensor) -> Tensor:
         seen.append(x.shape)
-        return prepared(self, x)
+        return gather(self, x)
 
-    monkeypatch.setattr(PatchMap, "prepared", watched)
+    monkeypatch.setattr(Patches, "input", watched)
     return seen
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -152,7 +153,18 @@ def _adamw(groups: Iterable[dict[str, Any]], may_fuse: bool, **settings: Any) ->
     # 0.8 to 1.0 of the loop's time for adapters, and 1.0 to 1.3 for full tuning.
     optimizer = AdamW(groups, fused=fused or None, **settings)
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    optimizer.register_step_post_hook(_count_versions)
     return optimizer
+
+
+def _in_order(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _count_versions(optimizer: Optimizer, *_: Any) -> None:
+    """Tells autograd of a step that was made between forward and backward; fused ones do not."""
+    groups = optimizer.param_groups
+    torch.autograd.graph.increment_version([p for group in groups for p in group["params"]])
 
 
 def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
@@ -173,10 +185,12 @@ def _keep_implementation(optimizer: Optimizer, saved: dict[str, Any]) -> dict[st
     Its flags would put a step of the one kind into an optimizer that was made for the other, and
     its moments may lie in memory in another order.
     """
+    if not all("betas" in group for group in saved["param_groups"]):
+        raise ValueError("the checkpoint has the state of another optimizer than AdamW: name it")
     own = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
     state = saved["state"]
     if own["fused"]:
-        state = {i: {k: v.contiguous() for k, v in kept.items()} for i, kept in state.items()}
+        state = {i: {k: _in_order(v) for k, v in kept.items()} for i, kept in state.items()}
     groups = [{**group, **own} for group in saved["param_groups"]]
     return {**saved, "state": state, "param_groups": groups}
 

@@ -1,10 +1,11 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # No test follows what somebody has calibrated on this machine.
-os.environ["LITFLORA_PATHS"] = os.devnull
+os.environ["LITFLORA_PATHS"] = str(Path(tempfile.gettempdir(), f"litflora-none-{os.getpid()}.json"))
 
 ROOT = Path(__file__).resolve().parents[1]
 

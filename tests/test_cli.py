@@ -221,29 +221,61 @@ def test_inspect_follows_overrides_and_writes_nothing(workshop, tmp_path, monkey
     assert files_below(tmp_path) == set()
 
 
-def test_calibrate_times_a_recipe_and_says_where_it_is_noted(workshop, tmp_path, monkeypatch):
+@pytest.fixture
+def calibrate(workshop, tmp_path, monkeypatch):
+    """Runs `litflora calibrate` on the recipe, with a file of timed paths of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "paths.json"))
     forget()
     args = [*photo_args(workshop / "photos", workshop / "base.safetensors"), *SMALL]
-    told = litflora("calibrate", RECIPE, *args)
-    assert told.code == 0, told.err
-    assert re.search(r"linear \d+x\d+ rank \d+ bfloat16", told.out)  # as the recipe has it
-    assert f"{tmp_path / 'paths.json'}: every fit on this device follows it" in told.out
-    timed = json.loads((tmp_path / "paths.json").read_text())
-    assert device_name(torch.device("cpu")) in timed
-    assert "paths as `litflora calibrate` timed them" in litflora("inspect", RECIPE, *args).out
-    (tmp_path / "paths.json").unlink()
-    assert files_below(tmp_path) == set()
-    nothing = litflora("calibrate", RECIPE, *args, "--config", "tuning/probe")
-    assert nothing.code == 2
-    assert "there is nothing to time" in nothing.err
-    half = litflora("calibrate", RECIPE, *args, "--trainer.precision", "bf16-true")
-    assert half.code == 2
-    assert "half precision" in half.err
-    plain = litflora("calibrate", RECIPE, *args, "--trainer.precision", "32-true")
-    assert re.search(r"linear \d+x\d+ rank \d+ float32", plain.out)
+    yield lambda *more, command="calibrate": litflora(command, RECIPE, *args, *more)
     forget()
+
+
+def test_calibrate_times_a_recipe_and_inspect_follows(calibrate, tmp_path):
+    told = calibrate("--trainer.precision", "32-true")
+    assert told.code == 0, told.err
+    file = tmp_path / "paths.json"
+    assert f"{file}: every fit on this device follows it" in told.out
+    timed = json.loads(file.read_text())
+    (weights,) = timed.values()
+    assert list(timed) == [device_name(torch.device("cpu"))]
+    assert all(key in told.out for key in weights)
+    for rows in weights.values():
+        rows.update(dict.fromkeys(rows, "merged"))
+    file.write_text(json.dumps(timed))
+    forget()
+    shown = calibrate(command="inspect").out
+    assert re.search(
+        rf"^\d+ paths as `litflora calibrate` timed them: {file}$", shown, re.MULTILINE
+    )
+    assert re.search(r"qkv\.weight .* merged$", shown, re.MULTILINE)
+    file.unlink()
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", "bfloat16"), ("bf16", "bfloat16"), ("32", "float32"), ("64-true", "float64")],
+)
+def test_calibrate_computes_as_the_fit_does(calibrate, precision, dtype):
+    told = calibrate("--trainer.precision", precision)
+    assert set(re.findall(r"rank \d+ (\w+)", told.out)) == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--config", "tuning/probe"), "there is nothing to time"),
+        (("--trainer.precision", "bf16-true"), "half precision"),
+        (("--model.tuning.init_args.dropout", "0.1"), "there is nothing to time"),
+    ],
+)
+def test_calibrate_says_why_it_times_nothing(calibrate, tmp_path, more, message):
+    told = calibrate(*more)
+    assert told.code == 2
+    assert message in told.err
+    assert files_below(tmp_path) == set()
 
 
 def test_inspect_takes_other_weights_anywhere(adapter, workshop, tmp_path):

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import AdamW
 
-from litflora.adapters import FLoRA, Full, LoRA
+from litflora.adapters import FLoRA, Full, LoRA, inject
 from litflora.module import _may_fuse
 from litflora.optim import LEARNING_RATES, OTHERS, default_optimizer
 
@@ -223,3 +223,40 @@ def test_moments_that_were_laid_out_otherwise_are_read_aright():
     steps(expected, plain(LoRA(), foreach=False), saved)
     assert optimizer.defaults["fused"] is True
     assert torch.allclose(found[0], expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["side", "rebuilt", "merged"])
+def test_a_step_between_forward_and_backward_is_noticed(path):
+    """A fused kernel moves no version counter by itself."""
+    net = nn.Sequential(nn.Linear(16, 16))
+    inject(net, LoRA(rank=2, targets="linear", path=path))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = default_optimizer("LoRA")([{"params": trained}])
+    assert optimizer.defaults["fused"]
+    x = torch.randn(8, 16, requires_grad=True)
+    net(x).sum().backward()
+    y = net(x).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_plain_numbers_in_an_old_state_are_taken():
+    parameter = nn.Parameter(torch.ones(3))
+    old = AdamW([parameter], lr=0.1)
+    parameter.sum().backward()
+    old.step()
+    state = deepcopy(old.state_dict())
+    new = default_optimizer("LoRA")([{"params": [parameter]}])
+    new.load_state_dict(state)
+    state["state"][0]["step"] = 1
+    again = default_optimizer("LoRA")([{"params": [parameter]}])
+    again.load_state_dict(state)
+    assert float(again.state[parameter]["step"]) == float(new.state[parameter]["step"]) == 1
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    parameter = nn.Parameter(torch.ones(3))
+    state = torch.optim.SGD([parameter], lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="another optimizer than AdamW: name it"):
+        default_optimizer("LoRA")([{"params": [parameter]}]).load_state_dict(state)

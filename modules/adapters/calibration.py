@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, Path
+from .delta import COMPUTED, Delta, Path
 from .errors import AdapterError
-from .functions import compute_dtype
 from .layers import Adapted, watched
-from .measured import Table, check_writable, write
-from .ops import rows
-from .paths import Choice, by_size, forced, possible
+from .measured import Table, check_writable, write_timed
+from .paths import by_size, forced, possible
 from .summary import untouched
 
-PATHS: tuple[Path, ...] = ("side", "rebuilt", "merged")
+# How often each path is timed, in turns with the others.
+TURNS = 7
 
 # Another path than the rule's must be faster by more than timing is uncertain.
 CLEARLY = 0.97
@@ -52,7 +52,7 @@ class Timing:
 
 
 @dataclass
-class _Met:
+class _Probe:
     """A layer as a forward met it."""
 
     layer: nn.Module
@@ -61,7 +61,9 @@ class _Met:
     timing: Timing
 
 
-def calibrate(model: nn.Module, *inputs: Any, repetitions: int = 7) -> list[Timing]:
+def calibrate(
+    model: nn.Module, *inputs: Any, progress: Callable[[list[Any]], Iterable[Any]] = iter
+) -> list[Timing]:
     """Times every path of every kind of layer, and writes down the fastest (see `measured`).
 
     Call it with a batch like those of training, and under the autocast of training. The model is
@@ -70,7 +72,7 @@ def calibrate(model: nn.Module, *inputs: Any, repetitions: int = 7) -> list[Timi
     Args:
         model: An adapted model, on the device that it will train on.
         inputs: What its forward takes.
-        repetitions: How often each path is timed, in turns with the others.
+        progress: Shows the progress over a list, such as `rich.progress.track`.
 
     Returns:
         A timing for each kind of layer that leaves a choice; the file has them, too.
@@ -78,75 +80,75 @@ def calibrate(model: nn.Module, *inputs: Any, repetitions: int = 7) -> list[Timi
     Raises:
         AdapterError: No layer leaves a choice, or the file cannot be written.
     """
-    from rich.console import Console  # the engine as such needs torch alone
-    from rich.progress import track
-
     check_writable()
-    met = _meet(model, inputs)
-    if not met:
+    probes = _probes(model, inputs)
+    if not probes:
         raise AdapterError(
             "there is nothing to time: no layer of this model leaves the path to be chosen (they "
-            "have dropout, weights in half precision, a path that was asked for, or no delta)"
+            "are not trained, or have dropout, weights in half precision or a path asked for)"
         )
-    for each in track(met, description="timing", console=Console(stderr=True)):
-        _time(each, repetitions)
+    for probe in progress(probes):
+        _time(probe)
     found: Table = {}
-    for each in met:
-        found.setdefault(each.timing.key, {})[each.timing.rows] = each.timing.path
-    write(met[0].x.device, found)
-    return [each.timing for each in met]
+    for probe in probes:
+        found.setdefault(probe.timing.key, {})[probe.timing.rows] = probe.timing.path
+    write_timed(probes[0].x.device, found)
+    return [probe.timing for probe in probes]
 
 
-def _meet(model: nn.Module, inputs: tuple[Any, ...]) -> list[_Met]:
+def _probes(model: nn.Module, inputs: tuple[Any, ...]) -> list[_Probe]:
     """One layer of each kind that leaves a choice, with an input of the right shape."""
-    met: dict[tuple[str, int], _Met] = {}
+    probes: dict[tuple[str, int], _Probe] = {}
 
     def look(name: str, layer: Adapted, x: Tensor) -> None:
-        total = layer.adapters.applied().get("weight")
-        if total is None or layer._litflora_op is None:
+        total = layer.known_sum()
+        trained = total is not None and any(t.requires_grad for t in (x, *total.tensors()))
+        if total is None or not trained:
             return
-        weight = layer.get_parameter("weight")
-        count = rows(layer, x, total.terms[0][0])
-        choice = Choice(total, count, weight, layer.training, True, compute_dtype(x))
-        if forced(choice) is None:
-            timing = Timing(choice.key(), count, possible(by_size(choice), choice.info))
+        choice = layer.choice(total, x, grad=True)
+        if forced(choice) is not None or choice.rows < 1:
+            return
+        kind = choice.key(), choice.rows
+        if kind not in probes:
             like = torch.randn_like(x).requires_grad_(x.requires_grad)
-            found = met.setdefault((timing.key, count), _Met(layer, choice.leaves, like, timing))
-            found.timing.layers.append(name)
+            rule = possible(by_size(choice), choice.info)
+            probes[kind] = _Probe(layer, choice.leaves, like, Timing(*kind, rule))
+        probes[kind].timing.layers.append(name)
 
     with watched(model, look), untouched(model), torch.enable_grad():
         model(*inputs)
-    return list(met.values())
+    return list(probes.values())
 
 
-def _time(met: _Met, repetitions: int) -> None:
+def _time(probe: _Probe) -> None:
     """Times each path by turns, after one turn that does not count."""
-    asked = [leaf.path for leaf in met.leaves]
+    asked = [leaf.path for leaf in probe.leaves]
     times: dict[Path, list[float]] = {
-        path: [] for path in PATHS if possible(path, met.leaves[0].info) == path
+        path: [] for path in COMPUTED if possible(path, probe.leaves[0].info) == path
     }
     try:
-        for turn in range(repetitions + 1):
+        for turn in range(TURNS + 1):
             for path in list(times)[:: 1 if turn % 2 == 0 else -1]:
-                for leaf in met.leaves:
+                for leaf in probe.leaves:
                     leaf.path = path
-                times[path].append(_seconds(met))
+                times[path].append(_seconds(probe))
     finally:
-        for leaf, path in zip(met.leaves, asked, strict=True):
+        for leaf, path in zip(probe.leaves, asked, strict=True):
             leaf.path = path
     for path, taken in times.items():
-        met.timing.seconds[path] = statistics.median(taken[1:])
+        probe.timing.seconds[path] = statistics.median(taken[1:])
 
 
-def _seconds(met: _Met) -> float:
-    """Time of one forward and backward of a layer."""
-    wanted: list[Tensor] = [p for p in met.layer.parameters() if p.requires_grad]
-    wanted += [met.x] if met.x.requires_grad else []
-    _wait_for(met.x.device)
+def _seconds(probe: _Probe) -> float:
+    """Time of one forward and backward of a layer; of its own forward, without any hooks."""
+    wanted: list[Tensor] = [p for p in probe.layer.parameters() if p.requires_grad]
+    wanted += [probe.x] if probe.x.requires_grad else []
+    _wait_for(probe.x.device)
     start = time.perf_counter()
-    y = met.layer(met.x)
-    torch.autograd.grad(y, wanted, y.detach())
-    _wait_for(met.x.device)
+    with torch.enable_grad():
+        y = probe.layer.forward(probe.x)
+        torch.autograd.grad(y, wanted, y.detach(), allow_unused=True)
+    _wait_for(probe.x.device)
     return time.perf_counter() - start
 
 

@@ -15,6 +15,7 @@ from .tucker import Factors
 Kind = Literal["linear", "conv", "depthwise", "embedding", "attention", "parameter"]
 Path = Literal["auto", "side", "rebuilt", "merged"]
 PATHS = get_args(Path)
+COMPUTED: tuple[Path, ...] = PATHS[1:]  # "auto" is one of these
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,18 +80,23 @@ class Dropout:
 
     def _masks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The mask of some rows after the other; together they are that of the whole."""
-        words = _Words(self.seed, rows.device)
+        generator = self._generator(rows)
         for start in range(0, len(rows), ROWS):
             block = slice(start, start + ROWS)
-            yield block, self._kept(words, rows[block])
+            yield block, self._kept(rows[block], generator)
 
     def _mask(self, x: Tensor) -> Tensor:
-        return self._kept(_Words(self.seed, x.device), x)
+        return self._kept(x, self._generator(x))
 
-    def _kept(self, words: _Words, x: Tensor) -> Tensor:
+    def _generator(self, x: Tensor) -> torch.Generator:
+        return torch.Generator(x.device).manual_seed(self.seed)
+
+    def _kept(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Ones and zeros of the size and type of ``x``."""
         # Sixteen random bits for each element: drawing a float for each takes ten times as long.
-        bits = words.draw(max(1, -(-x.numel() // 4))).view(torch.int16)[: x.numel()].view(x.shape)
+        words = torch.empty(max(1, -(-x.numel() // 4)), dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=generator)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
         kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return torch.ge(bits, self._dropped - 2**15, out=kept)  # no mask of bools in between
 
@@ -100,23 +104,6 @@ class Dropout:
     def _dropped(self) -> int:
         """How many of 65,536 inputs are dropped."""
         return min(round(self.p * 2**16), 2**16 - 1)
-
-
-class _Words:
-    """A stream of random 64-bit numbers."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-        # On a CPU torch's own generator takes three times as long.
-        self.numpy = np.random.SFC64(seed) if device.type == "cpu" else None
-        self.torch = None if self.numpy else torch.Generator(device).manual_seed(seed)
-
-    def draw(self, count: int) -> Tensor:
-        """The next numbers."""
-        if self.numpy is not None:
-            return torch.from_numpy(self.numpy.random_raw(count).view(np.int64))
-        words = torch.empty(count, dtype=torch.int64, device=self.device)
-        return words.random_(-(2**63), None, generator=self.torch)
 
 
 def _in_blocks(maps: Map, x: Tensor) -> bool:

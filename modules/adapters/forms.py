@@ -76,12 +76,13 @@ class Patches(Form):
     def input_grad(self, gx: Tensor, shape: torch.Size) -> Tensor:
         """Puts the gradients of patches back in their places."""
         n, c, h, w = shape
-        tiles = gx.unflatten(3, (*self.kernel, c)).transpose(2, 3)
+        kh, kw = self.kernel
+        tiles = gx.reshape(n, h // kh, w // kw, kh, kw, c).transpose(2, 3)
         return tiles.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
     def weight_grad(self, gw: Tensor, shape: torch.Size) -> Tensor:
         """``[out, C, kh, kw]`` of ``[out, kh * kw * C]``."""
-        return gw.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1)
+        return gw.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def takes_patches(

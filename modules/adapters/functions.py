@@ -102,7 +102,7 @@ class Thin(torch.autograd.Function):
             else:
                 hidden = step.dropout.hidden(step.map, x, thin)
             y = step.map.plus_widened(y, hidden, widen.to(x.dtype))
-        return form.output(y)
+        return _no_view(form.output(y))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,7 +177,7 @@ class Merged(torch.autograd.Function):
     ) -> Tensor:
         """The output."""
         form, kernel = step.form, (weight + delta).to(x.dtype)
-        return form.output(step.map(form.input(x), form.weight(kernel), bias))
+        return _no_view(form.output(step.map(form.input(x), form.weight(kernel), bias)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,6 +220,13 @@ def _merged_grads(ctx: Any, gy: Tensor) -> Any:
     if wants[3]:
         gb = maps.bias_grad(gy)
     return gx, None, gw if wants[2] else None, gb, gw, None, None, *[None] * len(tensors)
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """An output that may be written into, as ``nn.ReLU(inplace=True)`` does."""
+    if torch.compiler.is_compiling() or not y._is_view():  # the compiler sees to it itself
+        return y
+    return y.data
 
 
 def _shape(x: Tensor) -> torch.Size:

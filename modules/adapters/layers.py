@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .cache import WeightCache
 from .delta import Delta
 from .functions import compute_dtype
-from .ops import LookUpCall, MapCall, Op, op_of, rows
+from .ops import LookUpCall, MapCall, Op, op_of, rows, stride
 from .paths import Choice, choose
 from .substitute import Sums, substituted
 from .total import Total
@@ -157,19 +157,32 @@ class Adapted(Layer):
         sums = _sums(self)
         if not sums:
             return super().forward(*args, **kwargs)
-        op = type(self)._litflora_op
-        if op is None or list(sums) != ["weight"]:
+        op, total = type(self)._litflora_op, self._known(sums)
+        if op is None or total is None:
             with substituted(sums):
                 return super().forward(*args, **kwargs)
         if kwargs:
             bound = inspect.signature(self._litflora_base.forward).bind(self, *args, **kwargs)
             args = bound.args[1:]
-        return self._on_path(op(self, args), sums["weight"][2], args[0])
+        return self._on_path(op(self, args), total, args[0])
+
+    def known_sum(self) -> Total | None:
+        """The deltas of a layer that is computed on one of the paths; None of any other."""
+        return self._known(_sums(self))
+
+    def _known(self, sums: Sums) -> Total | None:
+        known = type(self)._litflora_op is not None and list(sums) == ["weight"]
+        return sums["weight"][2] if known else None
+
+    def choice(self, total: Total, x: Tensor, grad: bool) -> Choice:
+        """What its path is chosen by."""
+        weight, count = cast(Tensor, self.weight), rows(self, x, total.terms[0][0])
+        dtype = compute_dtype(x)
+        return Choice(total, count, weight, self.training, grad, dtype, stride(self))
 
     def _on_path(self, call: MapCall | LookUpCall, total: Total, x: Tensor) -> Tensor:
-        weight, count = cast(Tensor, self.weight), rows(self, x, total.terms[0][0])
-        grad, dtype = torch.is_grad_enabled(), compute_dtype(x)
-        path = choose(Choice(total, count, weight, self.training, grad, dtype))
+        choice = self.choice(total, x, torch.is_grad_enabled())
+        path, weight = choose(choice), choice.weight
         if path == "kept":
             return call.with_weight(self.adapters.cache.get("weight", weight, total, call.dtype))
         return call.with_delta(total, path)
@@ -247,14 +260,18 @@ def watched(model: nn.Module, look: Callable[[str, Adapted, Tensor], None]) -> I
     """Shows ``look`` the name, layer and input of every adapted layer that a forward calls."""
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if isinstance(layer, Adapted) and args and isinstance(args[0], Tensor):
-                look(name, layer, args[0])
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())), None)
+            if isinstance(layer, Adapted) and isinstance(x, Tensor):
+                look(name, layer, x)
 
         return hook
 
     layers = list(adapted_layers(model))
-    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer, _ in layers]
+    handles = [
+        layer.register_forward_pre_hook(hook_of(name), with_kwargs=True)
+        for name, layer, _ in layers
+    ]
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .depthwise import kernel_grad, takes_row_products
 
-# From more inputs on, a product costs so much that reading its gradient twice does not show.
+# From more inputs on, a product takes so long that reading its gradient twice does not show; with
+# outputs less than twice as many, copying W and the input's gradient costs what is won. (On a CPU.)
 FEW = 256
 
 
@@ -46,7 +47,8 @@ class LinearMap:
         fan_out, fan_in = weight.shape
         if fan_in > FEW or fan_out < 2 * fan_in:
             return self.input_grad(gy, weight, x), self.hidden_grad(gy, widen)
-        both = (_rows(gy) @ torch.cat([weight, widen], 1)).view(*gy.shape[:-1], -1)
+        both = _rows(gy) @ torch.cat([weight, widen], 1)
+        both = both.view(*gy.shape[:-1], fan_in + widen.shape[1])
         return both[..., :fan_in].contiguous(), both[..., fan_in:]
 
     def grads(self, gy: Tensor, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +174,9 @@ class ConvMap:
     def plus_widened(self, y: Tensor, hidden: Tensor, widen: Tensor) -> Tensor:
         """``y`` plus the pointwise convolution of ``hidden`` with B; may write into ``y``."""
         if self._has_rows(y):
-            y_rows, hidden_rows = y.movedim(1, -1), hidden.movedim(1, -1)
-            return LinearMap().plus_widened(y_rows, hidden_rows, widen).movedim(-1, 1)
+            rows, hidden = y.movedim(1, -1), hidden.movedim(1, -1)
+            both = LinearMap().plus_widened(rows, hidden, widen)
+            return y if both is rows else both.movedim(-1, 1)  # written into, y is no view
         return plus(y, self._point()(hidden, self._kernel(widen)))
 
     def plus_input_grad(self, gx: Tensor, g_hidden: Tensor, narrow: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
     """``x`` in the memory layout of an image in channels_last, if ``other`` is one."""
-    return x.contiguous(memory_format=torch.channels_last) if other.dim() == 4 else x
+    return x.contiguous(memory_format=torch.channels_last) if is_channels_last(other) else x
 
 
 def plus(y: Tensor, term: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ import math
 import os
 import platform
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 
-from .delta import WeightInfo
+from .delta import COMPUTED
 from .errors import AdapterError
 from .replacing import replacing
 
@@ -27,43 +28,32 @@ Table = dict[str, dict[int, str]]  # weight: {rows: path}
 # A layer with more than twice the rows that were timed, or less than half, is not this layer.
 NEAR = 2.0
 
-_tables: dict[str, Table] = {}  # those that have been read, by type of device
+_tables: dict[tuple[str, int | None], Table] = {}  # those that have been read, by device
 
 
-def file() -> Path:
+def paths_file() -> Path:
     """The file that calibration writes and "auto" reads."""
     if "LITFLORA_PATHS" in os.environ:
-        return Path(os.environ["LITFLORA_PATHS"])
+        return Path(os.environ["LITFLORA_PATHS"]).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "litflora" / "paths.json"
 
 
-def weight_key(info: WeightInfo, rank: int, dtype: torch.dtype) -> str:
-    """What the time of a layer depends on, beside its rows: ``linear 1152x384 rank 8 float32``."""
-    shape = "x".join(map(str, info.shape))
-    groups = f" groups {info.groups}" if info.groups > 1 else ""
-    return f"{info.kind} {shape}{groups} rank {rank} {str(dtype).removeprefix('torch.')}"
-
-
-def path_for(known: Table, key: str, rows: int) -> str | None:
-    """The path that was the fastest for this weight and about as many rows; None if none was."""
-    timed = known.get(key)
-    if not timed:
-        return None
-    apart, path = min((abs(math.log(each / max(1, rows))), path) for each, path in timed.items())
+def nearest(timed: dict[int, str], rows: int) -> str | None:
+    """The path that was timed for about as many rows; None if there were none near."""
+    near = [(abs(math.log(each / max(1, rows))), path) for each, path in timed.items()]
+    apart, path = min(near, default=(math.inf, None))
     return path if apart <= math.log(NEAR) else None
 
 
-def table(device: torch.device) -> Table:
-    """What was timed on a device; read once."""
-    if device.type not in _tables:
-        _tables[device.type] = _parsed(_read().get(device_name(device), {}))
-    return _tables[device.type]
-
-
-def note(device: torch.device) -> str:
-    """Says so if "auto" follows what was timed on a device; empty if not."""
-    return f"as `litflora calibrate` timed them: {file()}" if table(device) else ""
+def timed_paths(device: torch.device) -> Table:
+    """What was timed on a device; read once in a process, for the number of threads then."""
+    key = (device.type, device.index)
+    if key not in _tables:
+        if torch.compiler.is_compiling():  # which cannot trace the reading of a file
+            return {}
+        _tables[key] = _parsed(_read().get(device_name(device), {}))
+    return _tables[key]
 
 
 def forget() -> None:
@@ -72,21 +62,39 @@ def forget() -> None:
 
 
 def check_writable() -> None:
-    """Raises if the file cannot be written."""
-    nearest = next(folder for folder in file().absolute().parents if folder.exists())
-    if file().is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise AdapterError(f"{file()} cannot be written: let LITFLORA_PATHS name another file")
+    """Raises if the file cannot be written.
+
+    Raises:
+        AdapterError: It cannot.
+    """
+    try:
+        path = paths_file()
+        if path.exists() and not path.is_file():
+            raise OSError("it is no plain file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except (OSError, RuntimeError) as error:
+        raise AdapterError(
+            f"the timed paths cannot be written ({error}): let LITFLORA_PATHS name another file"
+        ) from None
 
 
-def write(device: torch.device, found: Table) -> None:
-    """Adds to the file what was timed; what it says of other weights and devices stays."""
-    content = _read()
+def write_timed(device: torch.device, found: Table) -> None:
+    """Adds to the file what was timed; what it says of other weights and devices stays.
+
+    A file that is damaged is put aside, as ``paths.json.damaged``.
+    """
+    content, path = _read(), Path(os.path.realpath(paths_file()))
+    if path.exists() and not content:
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
     known = content.setdefault(device_name(device), {})
     for key, timed in found.items():
         known.setdefault(key, {}).update({str(rows): path for rows, path in timed.items()})
-    with replacing(file()) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf-8")
     forget()
+    timed_paths(device)
 
 
 def device_name(device: torch.device) -> str:
@@ -107,15 +115,20 @@ def processor(info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _read() -> dict[str, dict[str, dict[str, str]]]:
-    if not file().is_file():
-        return {}
+    """The whole file; nothing, and a warning, if it cannot be used: a hint must stop no run."""
+    path: Path | str = "the file of timed paths"
     try:
-        content: dict[str, dict[str, dict[str, str]]] = json.loads(file().read_text("utf-8"))
+        path = paths_file()
+        if not path.is_file():
+            return {}
+        content: dict[str, dict[str, dict[str, str]]] = json.loads(path.read_text("utf-8"))
         for layers in content.values():
             _parsed(layers)
-    except (ValueError, AttributeError, OSError) as error:
+    except Exception as error:
+        told = str(error).partition("\n")[0][:200]
         warnings.warn(
-            f"{file()} is damaged ({error}) and is not used: `litflora calibrate` writes it anew",
+            f"{path} is not used ({told}): `litflora calibrate` writes it anew, and LITFLORA_PATHS "
+            "names another",
             stacklevel=2,
         )
         return {}
@@ -125,7 +138,8 @@ def _read() -> dict[str, dict[str, dict[str, str]]]:
 def _parsed(layers: dict[str, dict[str, str]]) -> Table:
     found = {key: {int(n): path for n, path in timed.items()} for key, timed in layers.items()}
     for timed in found.values():
-        unknown = set(timed.values()) - {"side", "rebuilt", "merged"}
-        if unknown or min(timed, default=1) < 1:
-            raise ValueError(f"no rows or path: {timed}")
+        if any(path not in COMPUTED for path in timed.values()):
+            raise ValueError(f"there is an unknown path in {timed}")
+        if not all(1 <= rows < 2**53 for rows in timed):
+            raise ValueError(f"these rows make no sense: {timed}")
     return found

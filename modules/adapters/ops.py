@@ -54,8 +54,12 @@ def rows(layer: nn.Module, x: Tensor, delta: Delta) -> int:
     channels = delta.info.shape[delta.info.in_dim]
     if delta.info.out_dim == 0:
         channels *= delta.info.groups
-    stride = layer.stride if isinstance(layer, CONVS) else ()
-    return x.numel() // max(1, channels * math.prod(stride))
+    return x.numel() // max(1, channels * math.prod(stride(layer)))
+
+
+def stride(layer: nn.Module) -> tuple[int, ...]:
+    """The stride of a convolution; empty for all others."""
+    return tuple(layer.stride) if isinstance(layer, CONVS) else ()
 
 
 # Linear maps and convolutions ---------------------------------------------------------------------
@@ -127,7 +131,7 @@ class MapCall:
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if len(total.terms) > 1 or traced or self.x.is_meta:
             return self._beside(total)
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         return self._thin(tensors, total, replace(step, dropout=Dropout(dropout.pop(), seed)))
 
     def _merged(self, tensors: tuple[Tensor | None, ...], total: Total, step: Step) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
-from .measured import path_for, table, weight_key
+from .measured import nearest, timed_paths
 from .total import Total
 
 # Below this ratio of the layer's own work to the side chain's, the chain costs more than the
@@ -35,7 +35,8 @@ class Choice:
         weight: The base weight.
         training: Whether the layer is in training mode.
         grad: Whether gradients are recorded.
-        dtype: What the layer computes in; the weight's own type if None.
+        dtype: What the layer computes in.
+        stride: The stride of a convolution; empty for others.
         leaves: The deltas, those of a fused weight's parts each by itself.
         info: The weight, as its deltas know it.
     """
@@ -44,8 +45,9 @@ class Choice:
     rows: int
     weight: Tensor
     training: bool
-    grad: bool = True
-    dtype: torch.dtype | None = None
+    grad: bool
+    dtype: torch.dtype
+    stride: tuple[int, ...] = ()
 
     leaves: list[Delta] = field(init=False)
     info: WeightInfo = field(init=False)
@@ -63,7 +65,14 @@ class Choice:
 
     def key(self) -> str:
         """The name under which this weight's paths are timed."""
-        return weight_key(self.info, self.rank() or 0, self.dtype or self.weight.dtype)
+        parts = [self.info.kind, "x".join(map(str, self.weight.shape))]
+        if self.info.kind == "conv" and self.info.out_dim != 0:
+            parts.append("transposed")
+        if self.info.groups > 1:
+            parts.append(f"groups {self.info.groups}")
+        if any(step > 1 for step in self.stride):
+            parts.append(f"stride {'x'.join(map(str, self.stride))}")
+        return f"{' '.join(parts)} rank {self.rank()} {str(self.dtype).removeprefix('torch.')}"
 
 
 def choose(choice: Choice) -> str:
@@ -83,10 +92,14 @@ def choose(choice: Choice) -> str:
     everything else                               side
     ============================================  =======  ====================================
     """
-    path = forced(choice)
-    if path is None and (timed := table(choice.weight.device)):
-        path = path_for(timed, choice.key(), choice.rows)
-    return possible(path or by_size(choice), choice.info)
+    path = forced(choice) or timed(choice) or by_size(choice)
+    return possible(path, choice.info)
+
+
+def timed(choice: Choice) -> str | None:
+    """The path that was timed as the fastest for a layer that has a choice, if one was."""
+    known = timed_paths(choice.weight.device)
+    return nearest(known.get(choice.key(), {}), choice.rows) if known else None
 
 
 def forced(choice: Choice) -> str | None:
@@ -117,8 +130,8 @@ def forced(choice: Choice) -> str | None:
 
 def possible(path: str, info: WeightInfo) -> str:
     """The path itself, or the next one to it that the weight has."""
-    chainless = info.groups > 1 or info.kind == "embedding"
-    return "merged" if path == "rebuilt" and chainless else path
+    not_rebuilt = info.groups > 1 or info.kind == "embedding"
+    return "merged" if path == "rebuilt" and not_rebuilt else path
 
 
 def by_size(choice: Choice) -> str:

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Delta
+from .functions import compute_dtype
 from .layers import Adapted, adapted_layers, watched
 from .lora import conv_parameter_counts
+from .measured import paths_file
 from .ops import rows as rows_of
-from .paths import Choice, choose
+from .ops import stride
+from .paths import Choice, choose, forced, timed
 from .total import Total
 
 # Rows assumed where no example shows how many a layer maps: enough not to be what decides.
 MANY_ROWS = 1 << 20
+
+Seen = tuple[int, torch.dtype]  # rows that a layer was given, and the type it computes in
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Row:
         params: Parameters of the delta.
         full_params: Parameters of the weight.
         path: The computing path, for the example's rows if there is one.
+        timed: Whether it was timed on this machine (see `calibration`).
         lora_params: What LoRA of the same rank would have here, by the formula it is counted by.
     """
 
@@ -49,6 +55,7 @@ class Row:
     params: int
     full_params: int
     path: str
+    timed: bool
     lora_params: dict[str, int]
 
 
@@ -100,7 +107,7 @@ class Summary:
             )
             for row in self.rows
         ]
-        return [*table(head, body), ""]
+        return [*text_table(head, body), ""]
 
     def _totals(self) -> Iterator[str]:
         share = self.trainable / self.total if self.total else 0.0
@@ -121,6 +128,8 @@ class Summary:
             yield f"trained in place: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
         if any(row.clamped for row in self.rows):
             yield "* clamped: a larger rank was asked for than the weight has"
+        if follow := sum(row.timed for row in self.rows):
+            yield f"{follow} paths as `litflora calibrate` timed them: {paths_file()}"
         if self.saved_bytes is not None:
             yield f"saved for backward {self.saved_bytes / 2**20:.1f} MiB"
 
@@ -170,7 +179,7 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
     return result
 
 
-def _unused(summary: Summary, seen: dict[str, int]) -> list[str]:
+def _unused(summary: Summary, seen: dict[str, Seen]) -> list[str]:
     """Layers that a forward passed by: some models read ``layer.weight`` and never call it."""
     called = [row for row in summary.rows if row.kind not in ("attention", "parameter")]
     return [
@@ -180,8 +189,8 @@ def _unused(summary: Summary, seen: dict[str, int]) -> list[str]:
     ]
 
 
-def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
-    """Runs one forward and returns the bytes kept for backward, and the rows of each layer."""
+def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, Seen]]:
+    """Runs one forward and returns the bytes kept for backward, and what each layer was given."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being reused
 
@@ -192,12 +201,12 @@ def measure(model: nn.Module, example: Any) -> tuple[int, dict[str, int]]:
         return tensor
 
     args = example if isinstance(example, tuple) else (example,)
-    seen: dict[str, int] = {}
+    seen: dict[str, Seen] = {}
 
     def count(name: str, layer: Adapted, x: Tensor) -> None:
         adapters = layer.adapters
         deltas = (delta for adapter in adapters for _, delta in adapters[adapter].items())
-        seen[name] = rows_of(layer, x, next(deltas))
+        seen[name] = rows_of(layer, x, next(deltas)), compute_dtype(x)
 
     with watched(model, count), untouched(model), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -220,7 +229,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _row(
-    name: str, layer: nn.Module, adapter: str, param: str, delta: Delta, seen: int | None
+    name: str, layer: nn.Module, adapter: str, param: str, delta: Delta, seen: Seen | None
 ) -> Row:
     info = delta.info
     ranks = delta.ranks()
@@ -228,6 +237,9 @@ def _row(
     assert weight is not None
     per_mode = len(ranks) == len(info.shape)
     rank = max(ranks[info.out_dim], ranks[info.in_dim]) if per_mode else ranks[0]
+    rows, dtype = seen or (MANY_ROWS, weight.dtype)
+    total, step = Total([(delta, 1.0)]), stride(layer)
+    choice = Choice(total, rows, weight, layer.training, True, dtype, step)
     return Row(
         layer=name,
         adapter=adapter,
@@ -238,11 +250,8 @@ def _row(
         clamped=delta.clamped,
         params=sum(p.numel() for p in delta.parameters()),
         full_params=weight.numel(),
-        path=choose(
-            Choice(
-                Total([(delta, 1.0)]), MANY_ROWS if seen is None else seen, weight, layer.training
-            )
-        ),
+        path=choose(choice),
+        timed=forced(choice) is None and timed(choice) is not None,
         lora_params=conv_parameter_counts(info, rank),
     )
 
@@ -251,7 +260,7 @@ def _adapter_tag(row: Row) -> str:
     return "" if row.adapter == "default" else f" [{row.adapter}]"
 
 
-def table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+def text_table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a table whose columns are as wide as they need to be."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [

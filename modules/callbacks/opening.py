@@ -5,7 +5,6 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..adapters import summary
-from ..adapters.measured import note
 
 
 class Opening(Callback):
@@ -16,9 +15,7 @@ class Opening(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells of data and tuning."""
-        told = note(pl_module.device)
-        paths = f"paths    {told}" if told else ""
-        self._tell(trainer, self._data(trainer), self._tuning(pl_module), paths)
+        self._tell(trainer, self._data(trainer), self._tuning(pl_module))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells of the data, if this is no part of a fit."""

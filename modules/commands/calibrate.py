@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from . import composed
 
 if TYPE_CHECKING:
-    import torch
+    from lightning.pytorch import Trainer
 
-    from ..adapters.calibration import Timing
+    from ..adapters import Timing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,51 +24,42 @@ def run(args: argparse.Namespace) -> None:
     """Times the paths of every kind of layer, prints them, and writes the fastest to a file."""
     made = composed.of(args.what, args.overrides)
 
-    import torch
+    from rich.console import Console
+    from rich.progress import track
 
-    from ..adapters.calibration import calibrate
-    from ..adapters.measured import device_name, file
+    from ..adapters import calibrate
+    from ..adapters.measured import device_name, paths_file
 
-    device, precision = _device(made.trainer["accelerator"]), str(made.trainer["precision"])
-    dtype = _half(precision)
-    net, images = made.model.net.to(device), composed.blank(made.model, made.data).to(device)
-    if dtype is not None and precision.endswith("-true"):  # as Lightning does
-        net, images = net.to(dtype), images.to(dtype)
-    mixed = dtype is not None and precision.endswith("-mixed")
-    with torch.autocast(device.type, dtype, enabled=mixed):
-        timings = calibrate(net, images)
+    trainer = _trainer(made.trainer)
+    device, plugin = trainer.strategy.root_device, trainer.precision_plugin
+    net = plugin.convert_module(made.model.net).to(device)
+    images = plugin.convert_input(composed.blank(made.model, made.data).to(device))
+    show = partial(track, description="timing", console=Console(stderr=True))
+    with plugin.forward_context():
+        timings = calibrate(net, images, progress=show)
     print(*_table(timings), sep="\n")
     print(f"\ntimed on {device_name(device)}, for batches of {len(images)} images")
-    print(f"{file()}: every fit on this device follows it; delete it to go by the rule again")
+    print(f"{paths_file()}: every fit on this device follows it; delete it to go by the rule again")
 
 
-def _device(accelerator: str) -> torch.device:
-    import torch
+def _trainer(settings: dict[str, Any]) -> Trainer:
+    """Lightning's own, for the device and precision of the recipe: one process, no files."""
+    from lightning.pytorch import Trainer
 
-    if accelerator == "cpu" or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    found = torch.accelerator.current_accelerator()
-    assert found is not None
-    return found
-
-
-def _half(precision: str) -> torch.dtype | None:
-    """The half-precision type that the trainer's precision names, if it names one."""
-    import torch
-
-    types = {"bf16": torch.bfloat16, "16": torch.float16}
-    return types.get(precision.partition("-")[0])
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    chosen = {key: settings[key] for key in ("accelerator", "precision")}
+    return Trainer(devices=1, enable_model_summary=False, **chosen, **quiet)
 
 
 def _table(timings: list[Timing]) -> list[str]:
-    from ..adapters.calibration import PATHS
-    from ..adapters.summary import table
+    from ..adapters.delta import COMPUTED
+    from ..adapters.summary import text_table
 
     body = []
     for each in timings:
-        taken = (each.seconds.get(path) for path in PATHS)
+        taken = (each.seconds.get(path) for path in COMPUTED)
         cells = ("-" if seconds is None else f"{1000 * seconds:.2f}" for seconds in taken)
         rows, layers = str(each.rows), str(len(each.layers))
         body.append((each.key, rows, layers, *cells, each.rule, each.path))
-    heads = (f"{path} ms" for path in PATHS)
-    return table(("weight", "rows", "layers", *heads, "rule", "here"), body)
+    heads = (f"{path} ms" for path in COMPUTED)
+    return text_table(("weight", "rows", "layers", *heads, "rule", "here"), body)

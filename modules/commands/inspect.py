@@ -25,12 +25,9 @@ def run(args: argparse.Namespace) -> None:
     model, data = _saved(args) if adapter else _composed(args)
 
     from ..adapters import summary
-    from ..adapters.measured import note
 
     images = composed.blank(model, data)
     print(summary(model.net, images))
-    if told := note(images.device):
-        print(f"paths {told}")
     print(f"for one batch of {len(images)} images of {composed.pixels(images)} pixels")
     if adapter:
         for file in sorted(Path(args.what).iterdir()):

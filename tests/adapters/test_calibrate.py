@@ -6,22 +6,23 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from litflora.adapters import AdapterError, FLoRA, LoRA, calibrate, inject, summary
+from litflora.adapters import AdapterError, FLoRA, LoRA, calibrate, inject, merge, summary
 from litflora.adapters.measured import (
     check_writable,
     device_name,
-    file,
     forget,
+    paths_file,
     processor,
-    weight_key,
-    write,
+    write_timed,
 )
+from litflora.adapters.paths import choose
 
 from .cases import Holder, assert_close, assert_gradients_close, factors, randomize, with_deltas
 
@@ -33,7 +34,7 @@ ROWS = 600
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "cache" / "paths.json"))
     forget()
-    yield file()
+    yield paths_file()
     forget()
 
 
@@ -47,7 +48,8 @@ def built(tuning: FLoRA | LoRA, layer: nn.Module | None = None) -> tuple[Holder,
 
 
 def key(model: Holder, rank: int = 4, dtype: torch.dtype = torch.float32) -> str:
-    return weight_key(model.layer.adapters["default"]["weight"].info, rank, dtype)
+    shape = "x".join(map(str, model.layer.weight.shape))
+    return f"linear {shape} rank {rank} {str(dtype).removeprefix('torch.')}"
 
 
 def path_of(model: nn.Module, rows: int = ROWS) -> str:
@@ -59,10 +61,10 @@ def path_of(model: nn.Module, rows: int = ROWS) -> str:
 def test_auto_takes_the_path_that_was_timed_and_stays_exact(path: str) -> None:
     model, base = built(FLoRA(rank=4))
     assert path_of(model) == "rebuilt"
-    write(CPU, {key(model): {ROWS: path}})
+    write_timed(CPU, {key(model): {ROWS: path}})
     assert path_of(model) == path
     model, base = model.double(), base.double()
-    write(CPU, {key(model, dtype=torch.float64): {ROWS: path}})
+    write_timed(CPU, {key(model, dtype=torch.float64): {ROWS: path}})
     x = torch.randn(ROWS, 64, dtype=torch.float64, requires_grad=True)
     y, expected = model(x), with_deltas(base, model, x)
     assert_close(y, expected, 1e-12)
@@ -71,7 +73,7 @@ def test_auto_takes_the_path_that_was_timed_and_stays_exact(path: str) -> None:
 
 def test_only_about_as_many_rows_count() -> None:
     model, _ = built(FLoRA(rank=4))
-    write(CPU, {key(model): {ROWS: "side", 100 * ROWS: "merged"}})
+    write_timed(CPU, {key(model): {ROWS: "side", 100 * ROWS: "merged"}})
     assert [path_of(model, n) for n in (ROWS // 2, 2 * ROWS)] == ["side", "side"]
     assert [path_of(model, n) for n in (ROWS // 3, 3 * ROWS)] == ["rebuilt", "rebuilt"]
     assert path_of(model, 90 * ROWS) == "merged"
@@ -81,8 +83,10 @@ def test_another_weight_rank_type_or_device_is_not_this_one() -> None:
     model, _ = built(FLoRA(rank=4))
     other, _ = built(FLoRA(rank=4), nn.Linear(64, 47))
     timed = {ROWS: "side"}
-    write(CPU, dict.fromkeys((key(model, 5), key(model, 4, torch.bfloat16), key(other)), timed))
-    write(torch.device("meta"), {key(model): timed})
+    write_timed(
+        CPU, dict.fromkeys((key(model, 5), key(model, 4, torch.bfloat16), key(other)), timed)
+    )
+    write_timed(torch.device("meta"), {key(model): timed})
     assert path_of(model) == "rebuilt"
 
 
@@ -92,25 +96,40 @@ def test_what_was_asked_for_or_exactness_needs_goes_before_what_was_timed() -> N
     half, _ = built(FLoRA(rank=4), nn.Linear(64, 48).bfloat16())
     for model in (asked, dropped, half):
         timed = {ROWS: "merged"}
-        write(CPU, {key(model, dtype=d): timed for d in (torch.float32, torch.bfloat16)})
+        write_timed(CPU, {key(model, dtype=d): timed for d in (torch.float32, torch.bfloat16)})
     assert [path_of(model) for model in (asked, dropped)] == ["side", "side"]
     (row,) = summary(half, torch.randn(ROWS, 64).bfloat16()).rows
     assert row.path == "side"
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"x": 3}', '{"x": {"y": {"many": "side"}}}', '{"x": {"y": {"9": "fast"}}}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"x": 3}',
+        '{"x": {"y": {"many": "side"}}}',
+        '{"x": {"y": {"9": "fast"}}}',
+        '{"x": {"y": {"9": ["side"]}}}',
+        '{"x": {"y": {"0": "side"}}}',
+        '{"x": {"y": {"%s": "side"}}}' % ("9" * 400),
+        "[" * 100_000,
+    ],
+    ids=range(9),
 )
 def test_a_damaged_file_is_said_and_passed_over(paths: Path, text: str) -> None:
     model, _ = built(FLoRA(rank=4))
     paths.parent.mkdir()
     paths.write_text(text)
     forget()
-    with pytest.warns(UserWarning, match="paths.json is damaged .* `litflora calibrate` writes it"):
+    with pytest.warns(
+        UserWarning, match=r"paths.json is not used \(.* `litflora calibrate` writes it"
+    ):
         assert path_of(model) == "rebuilt"
-    with pytest.warns(UserWarning, match="is damaged"):
-        write(CPU, {key(model): {ROWS: "side"}})
+    with pytest.warns(UserWarning, match="is not used"):
+        write_timed(CPU, {key(model): {ROWS: "side"}})
     assert path_of(model) == "side"
+    assert (paths.parent / "paths.json.damaged").read_text() == text  # nothing is thrown away
 
 
 def test_calibrate_writes_the_fastest_path_of_every_kind_of_layer(
@@ -118,12 +137,12 @@ def test_calibrate_writes_the_fastest_path_of_every_kind_of_layer(
 ) -> None:
     seconds = {"side": 2.0, "rebuilt": 2.0, "merged": 1.0}
     monkeypatch.setattr(
-        "litflora.adapters.calibration._seconds", lambda met: seconds[met.leaves[0].path]
+        "litflora.adapters.calibration._seconds", lambda probe: seconds[probe.leaves[0].path]
     )
     net = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     net.append(nn.Conv1d(1, 4, 3)).insert(4, nn.Unflatten(1, (1, 64)))
     inject(net, LoRA(rank=4, targets="all"))
-    write(CPU, {"linear 1x1 rank 1 float32": {5: "side"}})
+    write_timed(CPU, {"linear 1x1 rank 1 float32": {5: "side"}})
     before = deepcopy(net.state_dict())
     timings = calibrate(net, torch.randn(ROWS, 8))
     assert [(t.key, t.rows, t.layers) for t in timings] == [
@@ -143,7 +162,7 @@ def test_calibrate_writes_the_fastest_path_of_every_kind_of_layer(
 def test_a_path_must_be_clearly_faster_than_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"side": 0.98, "rebuilt": 1.0, "merged": 2.0}
     monkeypatch.setattr(
-        "litflora.adapters.calibration._seconds", lambda met: seconds[met.leaves[0].path]
+        "litflora.adapters.calibration._seconds", lambda probe: seconds[probe.leaves[0].path]
     )
     model, _ = built(FLoRA(rank=4))
     x = torch.randn(ROWS, 64)
@@ -152,12 +171,22 @@ def test_a_path_must_be_clearly_faster_than_the_rules(monkeypatch: pytest.Monkey
     assert [t.path for t in calibrate(model, x)] == ["side"]
 
 
-def test_paths_are_really_timed() -> None:
-    model, _ = built(FLoRA(rank=4), nn.Conv2d(16, 16, 5, groups=16))
-    (timing,) = calibrate(model.train(), torch.randn(2, 16, 20, 20), repetitions=3)
-    assert set(timing.seconds) == {"side", "merged"}  # what a depthwise kernel has
-    assert 0 < timing.seconds["merged"] < timing.seconds["side"]  # of r times the work
-    assert model.layer.adapters["default"]["weight"].path == "auto"
+def test_every_path_that_a_layer_has_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def counted(choice: Any) -> str:
+        taken.append(choose(choice))
+        return taken[-1]
+
+    monkeypatch.setattr("litflora.adapters.layers.choose", counted)
+    for layer, paths in ((nn.Conv2d(16, 16, 5, groups=16), 2), (nn.Conv2d(16, 16, 5), 3)):
+        model, _ = built(FLoRA(rank=4), layer)
+        taken.clear()
+        (timing,) = calibrate(model.train(), torch.randn(2, 16, 20, 20))
+        assert set(taken[1:]) == set(timing.seconds)
+        assert len(timing.seconds) == paths
+        assert all(seconds > 0 for seconds in timing.seconds.values())
+        assert model.layer.adapters["default"]["weight"].path == "auto"
 
 
 def test_nothing_to_choose_is_said() -> None:
@@ -173,7 +202,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(
     model, _ = built(FLoRA(rank=4))
     for bad in (tmp_path, tmp_path / "note" / "paths.json"):
         monkeypatch.setenv("LITFLORA_PATHS", str(bad))
-        with pytest.raises(AdapterError, match="cannot be written: let LITFLORA_PATHS name"):
+        with pytest.raises(AdapterError, match=r"cannot be written .* let LITFLORA_PATHS name"):
             calibrate(model, torch.randn(ROWS, 64))
     monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "new" / "deep" / "paths.json"))
     check_writable()
@@ -181,7 +210,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(
 
 def test_a_compiled_layer_follows_it_in_one_graph() -> None:
     model, base = built(FLoRA(rank=4))
-    write(CPU, {key(model): {ROWS: "merged"}})
+    write_timed(CPU, {key(model): {ROWS: "merged"}})
     assert path_of(model) == "merged"
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -198,3 +227,106 @@ def test_the_name_of_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert processor(info) == "A Fast One"
     monkeypatch.setattr("platform.processor", lambda: "arm")
     assert processor(tmp_path / "none") == "arm"
+
+
+def test_a_folder_that_cannot_be_found_or_entered_stops_no_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = built(FLoRA(rank=4))
+    monkeypatch.setenv("LITFLORA_PATHS", "x" * 5000)
+    forget()
+    with pytest.warns(UserWarning, match="is not used"):
+        model(torch.randn(ROWS, 64))
+    monkeypatch.delenv("LITFLORA_PATHS")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    forget()
+    with pytest.warns(UserWarning, match="timed paths is not used .no home"):
+        model(torch.randn(ROWS, 64))
+    with pytest.raises(AdapterError, match="no home"):
+        check_writable()
+
+
+def test_what_cannot_be_timed_is_left_out() -> None:
+    net = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 16)])
+    inject(net, LoRA(rank=2, targets="all"))
+    for parameter in net[1].parameters():
+        parameter.requires_grad_(False)
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """The second layer is not trained; the third is given nothing."""
+            return self.net[0](input=x).sum() + self.net[1](x).sum() + self.net[2](x[:0]).sum()
+
+    model = Model()
+    model.net = net
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            assert [t.layers for t in calibrate(model, torch.randn(ROWS, 64))] == [["net.0"]]
+    merge(net)
+    with pytest.raises(AdapterError, match="nothing to time"):
+        calibrate(model, torch.randn(ROWS, 64))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4))
+    inject(net, LoRA(rank=2, targets="linear"), train=["1"])
+    before = deepcopy(net.state_dict())
+    torch.manual_seed(3)
+    drawn = torch.rand(())
+    torch.manual_seed(3)
+    first, second = calibrate(net.train(), torch.randn(32, 8, generator=torch.Generator()))
+    assert torch.equal(torch.rand(()), drawn)
+    assert (first.layers, second.layers) == (["0"], ["3"])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_first_layer_is_timed_without_a_gradient_of_its_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = {}
+
+    def seconds(probe: Any) -> float:
+        wanted[probe.timing.layers[0]] = probe.x.requires_grad
+        return 1.0
+
+    monkeypatch.setattr("litflora.adapters.calibration._seconds", seconds)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    inject(net, LoRA(rank=2, targets="linear"))
+    calibrate(net, torch.randn(ROWS, 8))
+    assert wanted == {"0": False, "1": True}
+
+
+def test_convolutions_of_another_stride_or_direction_are_timed_apart() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 2, stride=2), nn.Conv2d(8, 8, 2), nn.ConvTranspose2d(8, 8, 2)
+    )
+    inject(net, LoRA(rank=2, targets="all"))
+    keys = [t.key for t in calibrate(net, torch.randn(2, 8, 16, 16))]
+    assert keys == [
+        "conv 8x8x2x2 stride 2x2 rank 2 float32",
+        "conv 8x8x2x2 rank 2 float32",
+        "conv 8x8x2x2 transposed rank 2 float32",
+    ]
+
+
+def test_under_autocast_summary_shows_what_is_computed() -> None:
+    model, _ = built(FLoRA(rank=4))
+    write_timed(CPU, {key(model, dtype=torch.bfloat16): {ROWS: "merged"}})
+    assert path_of(model) == "rebuilt"
+    with torch.autocast("cpu", torch.bfloat16):
+        report = summary(model, torch.randn(ROWS, 64))
+    assert [row.path for row in report.rows] == ["merged"]
+    assert "1 paths as `litflora calibrate` timed them" in str(report)
+    assert "litflora calibrate" not in str(summary(model, torch.randn(ROWS, 64)))
+
+
+def test_a_cold_table_does_not_keep_a_layer_from_compiling() -> None:
+    model, base = built(FLoRA(rank=4))
+    calibrate(model, torch.randn(ROWS, 64))
+    forget()
+    torch._dynamo.reset()
+    x = torch.randn(ROWS, 64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x), with_deltas(base, model, x), 1e-5)

@@ -87,3 +87,33 @@ def test_another_seed_drops_others() -> None:
     one, other, again = (Dropout(0.5, s).hidden(LinearMap(), x, eye) for s in (1, 2, 1))
     assert torch.equal(one, again)
     assert 0.4 < (one != other).float().mean() < 0.6
+
+
+def test_half_precision_sums_many_blocks_as_exactly_as_few() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32))
+    inject(net, LoRA(rank=4, dropout=0.1, targets="linear"))
+    randomize(net)
+    x, gradients = torch.randn(200 * ROWS, 64) + 0.5, []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = net(x)
+        gradients.append(torch.autograd.grad(y.float().sum(), factors(net)))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() / expected.norm() < 0.01
+
+
+def test_blocks_are_taken_where_they_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    masks = Dropout._masks
+
+    def counted(self: Dropout, rows: Tensor) -> Any:
+        for block, mask in masks(self, rows):
+            drawn.append(len(mask))
+            yield block, mask
+
+    monkeypatch.setattr(Dropout, "_masks", counted)
+    x = torch.randn(X["many"], dtype=torch.float64, requires_grad=True)
+    gradients(built(nn.Linear(7, 5)), x)
+    assert drawn == 2 * [ROWS, ROWS, 5]

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from litflora.adapters import AdapterError, FLoRA, inject, summary
+from litflora.adapters import AdapterError, FLoRA, LoRA, inject, summary
 
 from .cases import (
     BOTH,
@@ -23,6 +23,7 @@ from .cases import (
     DTYPES,
     FAMILIES,
     METHODS,
+    PATHS,
     SQUARE,
     Case,
     Experts,
@@ -112,6 +113,49 @@ def test_few_inputs_are_exact_where_one_product_gives_two_gradients(path: str) -
         twice.append(torch.autograd.grad(first.square().sum(), leaves))
     for one, other in zip(*twice, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 5}], ids=str)
+def test_an_output_can_be_written_into(options: dict[str, int], path: str, last: bool) -> None:
+    base = nn.Sequential(nn.Conv2d(5, 40, 2, **options), nn.ReLU(inplace=True)).double()
+    model = deepcopy(base)
+    inject(model, LoRA(rank=2, path=path, targets="all"))
+    randomize(model)
+    x = torch.randn(1, 5, 4, 6, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    y, expected = model(x), with_deltas(base, model, x)
+    assert_close(y, expected, 1e-10)
+    assert_gradients_close(y, expected, factors(model))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layer", ["narrow", "patches"])
+def test_an_empty_batch_has_gradients(layer: str, path: str) -> None:
+    narrow = layer == "narrow"
+    model = nn.Sequential(nn.Linear(6, 20) if narrow else nn.Conv2d(1, 64, 4, stride=4))
+    inject(model, LoRA(rank=2, path=path, targets="all"))
+    x = torch.zeros((0, 6) if narrow else (0, 1, 12, 4), requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert all(not p.grad.any() for p in factors(model))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("path", ["side", "rebuilt", "merged"])
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}], ids=str)
+def test_vmap_over_convolutions(options: dict[str, int], path: str, training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(5, 40, 2, **options)).double()
+    inject(model, LoRA(rank=2, path=path, targets="all"))
+    randomize(model)
+    model.train(training)
+    x = torch.randn(3, 5, 4, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    assert_close(torch.vmap(lambda each: model(each[None])[0])(x), model(x), 1e-10)
+    loss = torch.func.grad(lambda each: model(each[None]).square().sum())
+    leaf = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    assert_close(torch.vmap(loss)(x), expected, 1e-10)
 
 
 @table(FAMILIES)

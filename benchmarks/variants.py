@@ -158,6 +158,9 @@ VARIANTS: dict[str, Variant] = {
     "FLoRA rebuilt, linear": Variant(ours(FLoRA, path="rebuilt"), LINEAR, exact=True),
     "FLoRA merged, linear": Variant(ours(FLoRA, path="merged"), LINEAR, exact=True),
     "FLoRA auto, linear": Variant(ours(FLoRA), LINEAR, exact=True),
+    "FLoRA auto, linear, nothing recomputed": Variant(
+        ours(FLoRA, recompute="none"), LINEAR, exact=True
+    ),
     "LoRA auto, linear": Variant(ours(LoRA), LINEAR, exact=True),
     "LoRA auto, linear, dropout": Variant(ours(LoRA, dropout=0.1), LINEAR),
     "FLoRA auto, linear + dense": Variant(ours(FLoRA), DENSE, exact=True),

@@ -13,7 +13,16 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from litflora.adapters import AdapterError, FLoRA, LoRA, calibrate, inject, merge, summary
+from litflora.adapters import (
+    AdapterError,
+    FLoRA,
+    LoRA,
+    activate,
+    calibrate,
+    inject,
+    merge,
+    summary,
+)
 from litflora.adapters.measured import (
     check_writable,
     device_name,
@@ -330,3 +339,29 @@ def test_a_cold_table_does_not_keep_a_layer_from_compiling() -> None:
     x = torch.randn(ROWS, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_close(compiled(x), with_deltas(base, model, x), 1e-5)
+
+
+def test_a_layer_under_autocast_follows_what_was_timed_for_its_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = built(FLoRA(rank=4))
+    write_timed(CPU, {key(model, dtype=torch.bfloat16): {ROWS: "merged"}})
+    taken: list[str] = []
+
+    def counted(choice: Any) -> str:
+        taken.append(choose(choice))
+        return taken[-1]
+
+    monkeypatch.setattr("litflora.adapters.layers.choose", counted)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(torch.randn(ROWS, 64))
+    assert taken == ["merged", "rebuilt"]
+
+
+def test_an_adapter_that_weighs_nothing_is_no_obstacle() -> None:
+    model, _ = built(LoRA(rank=2))
+    inject(model, LoRA(rank=3, targets="layer"), name="second")
+    activate(model, {"default": 1.0, "second": 0.0})
+    (timing,) = calibrate(model, torch.randn(ROWS, 64))
+    assert timing.key == key(model, 2)

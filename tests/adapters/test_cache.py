@@ -134,3 +134,14 @@ def test_the_side_path_keeps_no_second_weight(options: dict[str, Any]) -> None:
     randomize(model)
     idle(model, torch.randn(3, 4, dtype=next(model.parameters()).dtype))
     assert not kept(model)
+
+
+def test_what_another_process_may_write_to_is_not_kept() -> None:
+    model, x = made("linear")
+    before = idle(model, x)
+    assert kept(model)
+    model.share_memory()
+    assert torch.equal(idle(model, x), before)
+    assert not kept(model)
+    factors(model)[0].detach().numpy()[...] *= 3  # moves no version counter, as another process
+    assert not torch.equal(idle(model, x), before)

@@ -15,6 +15,7 @@ picture of a training step, to --out.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from variants import RANK, VARIANTS
 
 
 def main() -> None:
+    os.environ["LITFLORA_PATHS"] = "none"  # the rule is measured, not this machine's notes
     args = parse_args()
     table = layer_table if args.layers else inference_table if args.inference else step_table
     name, text = table(args)

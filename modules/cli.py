@@ -7,6 +7,7 @@ argparse. What a command needs is imported when it runs: `litflora --help` loads
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -34,6 +35,8 @@ def main(args: list[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug"]
     try:
         _run(args)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         message = explain(error)
         if debug or message is None:

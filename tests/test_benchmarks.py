@@ -1,11 +1,13 @@
 """The benchmarks run, their checks see what is wrong, and CUDA is asked for what it should be."""
 
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 
 import inference
 import models
+import optimizer
 import pytest
 import shapes
 import step
@@ -240,3 +242,12 @@ def test_single_layers_are_those_of_a_cpu(run, monkeypatch, tmp_path):
     assert first_cells(text) == ["layer", "a small one"]
     assert f"float32, {processor()} with" in text
     assert [path.name for path in tmp_path.iterdir()] == ["layers_cpu.md"]
+
+
+def test_every_kind_of_optimizer_step_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["optimizer.py", "--model", VISION, "--repetitions", "1"])
+    optimizer.main()
+    heads, _, *rows = re.findall(r"^\|.*\|$", capsys.readouterr().out, re.MULTILINE)
+    assert heads == "| tuning | tensors | loop, ms | foreach, ms | fused, ms |"
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in optimizer.TUNINGS]
+    assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split(" | ")[2:])

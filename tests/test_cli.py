@@ -239,7 +239,7 @@ def test_calibrate_times_a_recipe_and_inspect_follows(calibrate, tmp_path):
     assert f"{file}: every fit on this device follows it" in told.out
     timed = json.loads(file.read_text())
     (weights,) = timed.values()
-    assert list(timed) == [device_name(torch.device("cpu"))]
+    assert list(timed) == [f"{device_name(torch.device('cpu'))}, torch {torch.__version__}"]
     assert all(key in told.out for key in weights)
     for rows in weights.values():
         rows.update(dict.fromkeys(rows, "merged"))
@@ -276,6 +276,18 @@ def test_calibrate_says_why_it_times_nothing(calibrate, tmp_path, more, message)
     assert told.code == 2
     assert message in told.err
     assert files_below(tmp_path) == set()
+
+
+def test_calibrate_takes_no_adapter(adapter):
+    told = litflora("calibrate", adapter)
+    assert told.code == 2
+    assert "is a folder: give a recipe" in told.err
+
+
+def test_a_reader_who_has_seen_enough_gets_no_error():
+    command = f"{sys.executable} -m litflora recipes | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("quickstart\n", "")
 
 
 def test_inspect_takes_other_weights_anywhere(adapter, workshop, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,13 @@ from .errors import AdapterError
 from .layers import Adapted, watched
 from .measured import Table, check_writable, write_timed
 from .paths import by_size, forced, possible
-from .summary import untouched
+from .summary import text_table, untouched
 
 # How often each path is timed, in turns with the others.
 TURNS = 7
 
-# Another path than the rule's must be faster by more than timing is uncertain.
-CLEARLY = 0.97
+# From this ratio of a slow turn to a fast one on, the machine is doing something else, too.
+BUSY = 1.5
 
 
 @dataclass
@@ -34,21 +34,60 @@ class Timing:
         rows: Positions that it maps.
         rule: The path that the rule takes.
         layers: Names of the model's layers of this kind.
-        seconds: Median time of a forward and backward, by path.
+        turns: Seconds of each forward and backward, by path.
     """
 
     key: str
     rows: int
     rule: str
     layers: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    turns: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The median time of each path."""
+        return {path: statistics.median(turns) for path, turns in self.turns.items()}
 
     @property
     def path(self) -> str:
-        """The fastest path; the rule's own if no other is clearly faster."""
-        fastest = min(self.seconds, key=lambda path: self.seconds[path])
-        clearly = self.seconds[fastest] < CLEARLY * self.seconds[self.rule]
+        """The fastest path; the rule's own unless three turns in four show another to be faster."""
+        seconds = self.seconds
+        fastest = min(seconds, key=lambda path: seconds[path])
+        clearly = self._quartiles(fastest)[1] < self._quartiles(self.rule)[0]
         return fastest if clearly else self.rule
+
+    @property
+    def spread(self) -> float:
+        """A slow turn's time divided by a fast one's, where that is the largest."""
+        return max(slow / fast for fast, slow in map(self._quartiles, self.turns))
+
+    def _quartiles(self, path: str) -> tuple[float, float]:
+        first, _, third = statistics.quantiles(self.turns[path], n=4)
+        return first, third
+
+
+class Timings(list[Timing]):
+    """A timing for each kind of layer; ``print`` shows a table."""
+
+    def __str__(self) -> str:
+        heads = ("weight", "rows", "layers", *(f"{p} ms" for p in COMPUTED), "rule", "here")
+        return "\n".join([*text_table(heads, [_cells(each) for each in self]), "", *self._notes()])
+
+    def _notes(self) -> Iterator[str]:
+        by_rule = sum(each.seconds[each.rule] * len(each.layers) for each in self)
+        here = sum(each.seconds[each.path] * len(each.layers) for each in self)
+        total = f"{1000 * by_rule:.1f} ms by the rule, {1000 * here:.1f} ms here"
+        yield f"adapted layers, forward and backward: {total}"
+        spread = max((each.spread for each in self), default=1.0)
+        if spread > BUSY:
+            yield f"! some turns took {spread:.1f} times as long as others: is the machine idle?"
+
+
+def _cells(timing: Timing) -> tuple[str, ...]:
+    taken = (timing.seconds.get(path) for path in COMPUTED)
+    cells = ("-" if seconds is None else f"{1000 * seconds:.2f}" for seconds in taken)
+    rows, layers = str(timing.rows), str(len(timing.layers))
+    return (timing.key, rows, layers, *cells, timing.rule, timing.path)
 
 
 @dataclass
@@ -63,7 +102,7 @@ class _Probe:
 
 def calibrate(
     model: nn.Module, *inputs: Any, progress: Callable[[list[Any]], Iterable[Any]] = iter
-) -> list[Timing]:
+) -> Timings:
     """Times every path of every kind of layer, and writes down the fastest (see `measured`).
 
     Call it with a batch like those of training, and under the autocast of training. The model is
@@ -84,8 +123,8 @@ def calibrate(
     probes = _probes(model, inputs)
     if not probes:
         raise AdapterError(
-            "there is nothing to time: no layer of this model leaves the path to be chosen (they "
-            "are not trained, or have dropout, weights in half precision or a path asked for)"
+            "there is nothing to time: no layer of this model leaves the path to be chosen (there "
+            "is no delta that trains, or they have dropout, half precision or a path asked for)"
         )
     for probe in progress(probes):
         _time(probe)
@@ -93,7 +132,7 @@ def calibrate(
     for probe in probes:
         found.setdefault(probe.timing.key, {})[probe.timing.rows] = probe.timing.path
     write_timed(probes[0].x.device, found)
-    return [probe.timing for probe in probes]
+    return Timings(probe.timing for probe in probes)
 
 
 def _probes(model: nn.Module, inputs: tuple[Any, ...]) -> list[_Probe]:
@@ -136,7 +175,7 @@ def _time(probe: _Probe) -> None:
         for leaf, path in zip(probe.leaves, asked, strict=True):
             leaf.path = path
     for path, taken in times.items():
-        probe.timing.seconds[path] = statistics.median(taken[1:])
+        probe.timing.turns[path] = taken[1:]
 
 
 def _seconds(probe: _Probe) -> float:

@@ -3,7 +3,7 @@
 They lie in one small file, ``litflora/paths.json`` in the user's cache folder, or the one that the
 environment variable LITFLORA_PATHS names:
 
-    {"<device>": {"<weight>": {"<rows>": "<path>"}}}
+    {"<device>, torch <version>": {"<weight>": {"<rows>": "<path>"}}}
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def timed_paths(device: torch.device) -> Table:
     if key not in _tables:
         if torch.compiler.is_compiling():  # which cannot trace the reading of a file
             return {}
-        _tables[key] = _parsed(_read().get(device_name(device), {}))
+        _tables[key] = _parsed(_read().get(_machine(device), {}))
     return _tables[key]
 
 
@@ -70,7 +70,7 @@ def check_writable() -> None:
     try:
         path = paths_file()
         if path.exists() and not path.is_file():
-            raise OSError("it is no plain file")
+            raise OSError(f"{path} is no plain file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -88,13 +88,18 @@ def write_timed(device: torch.device, found: Table) -> None:
     content, path = _read(), Path(os.path.realpath(paths_file()))
     if path.exists() and not content:
         os.replace(path, path.with_name(f"{path.name}.damaged"))
-    known = content.setdefault(device_name(device), {})
+    known = content.setdefault(_machine(device), {})
     for key, timed in found.items():
         known.setdefault(key, {}).update({str(rows): path for rows, path in timed.items()})
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf-8")
     forget()
     timed_paths(device)
+
+
+def _machine(device: torch.device) -> str:
+    """What timings hold for: another release of torch computes otherwise."""
+    return f"{device_name(device)}, torch {torch.__version__}"
 
 
 def device_name(device: torch.device) -> str:
@@ -119,7 +124,7 @@ def _read() -> dict[str, dict[str, dict[str, str]]]:
     path: Path | str = "the file of timed paths"
     try:
         path = paths_file()
-        if not path.is_file():
+        if not path.exists():
             return {}
         content: dict[str, dict[str, dict[str, str]]] = json.loads(path.read_text("utf-8"))
         for layers in content.values():

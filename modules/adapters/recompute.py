@@ -90,8 +90,8 @@ def is_pointwise(module: nn.Module) -> bool:
 
 def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A forward hook that notes of the output how it was made."""
-    if torch.compiler.is_compiling():  # the compiler has a recomputation of its own
-        return
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return  # nothing is kept; the compiler has a recomputation of its own
     plain = len(args) == 1 and not kwargs and type(args[0]) is Tensor and type(output) is Tensor
     if not plain or not _is_all_there_is(module):
         return

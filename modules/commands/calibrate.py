@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import composed
@@ -11,17 +12,21 @@ from . import composed
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from ..adapters import Timing
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the recipe; what else is said is kept as overrides of it."""
     parser.add_argument("what", metavar="RECIPE", help="recipe or YAML file")
-    parser.epilog = "Any option of fit may follow: --data.init_args.batch_size 64, for one."
+    parser.epilog = (
+        "Any option of fit may follow: --data.init_args.batch_size 64, for one. The fastest paths "
+        "are noted in ~/.cache/litflora/paths.json, which later fits follow; delete it to undo "
+        "that. The environment variable LITFLORA_PATHS names another file."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Times the paths of every kind of layer, prints them, and writes the fastest to a file."""
+    if Path(args.what).is_dir():
+        raise ValueError(f"{args.what} is a folder: give a recipe, such as RUN/config.yaml")
     made = composed.of(args.what, args.overrides)
 
     from rich.console import Console
@@ -37,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
     show = partial(track, description="timing", console=Console(stderr=True))
     with plugin.forward_context():
         timings = calibrate(net, images, progress=show)
-    print(*_table(timings), sep="\n")
-    print(f"\ntimed on {device_name(device)}, for batches of {len(images)} images")
+    print(timings)
+    print(f"timed on {device_name(device)}, for batches of {len(images)} images")
     print(f"{paths_file()}: every fit on this device follows it; delete it to go by the rule again")
 
 
@@ -49,17 +54,3 @@ def _trainer(settings: dict[str, Any]) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     chosen = {key: settings[key] for key in ("accelerator", "precision")}
     return Trainer(devices=1, enable_model_summary=False, **chosen, **quiet)
-
-
-def _table(timings: list[Timing]) -> list[str]:
-    from ..adapters.delta import COMPUTED
-    from ..adapters.summary import text_table
-
-    body = []
-    for each in timings:
-        taken = (each.seconds.get(path) for path in COMPUTED)
-        cells = ("-" if seconds is None else f"{1000 * seconds:.2f}" for seconds in taken)
-        rows, layers = str(each.rows), str(len(each.layers))
-        body.append((each.key, rows, layers, *cells, each.rule, each.path))
-    heads = (f"{path} ms" for path in COMPUTED)
-    return text_table(("weight", "rows", "layers", *heads, "rule", "here"), body)

@@ -153,8 +153,20 @@ def _adamw(groups: Iterable[dict[str, Any]], may_fuse: bool, **settings: Any) ->
     # 0.8 to 1.0 of the loop's time for adapters, and 1.0 to 1.3 for full tuning.
     optimizer = AdamW(groups, fused=fused or None, **settings)
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    optimizer.register_step_pre_hook(_fuse_what_is_in_order)
     optimizer.register_step_post_hook(_count_versions)
     return optimizer
+
+
+def _fuse_what_is_in_order(optimizer: Optimizer, *_: Any) -> None:
+    """Leaves fused steps for good once anything has been laid out anew, as channels_last does.
+
+    On a CPU the kernel would mix up the elements, and say nothing.
+    """
+    for group in optimizer.param_groups:
+        tensors = [t for p in group["params"] for t in (p, p.grad) if t is not None]
+        if group["fused"] and not all(tensor.is_contiguous() for tensor in tensors):
+            group["fused"] = None
 
 
 def _in_order(value: Any) -> Any:

@@ -260,3 +260,24 @@ def test_the_state_of_another_optimizer_is_refused():
     state = torch.optim.SGD([parameter], lr=0.1).state_dict()
     with pytest.raises(ValueError, match="another optimizer than AdamW: name it"):
         default_optimizer("LoRA")([{"params": [parameter]}]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("changed", ["parameter", "gradient"])
+def test_what_is_laid_out_anew_after_the_optimizer_was_made_is_stepped_aright(changed):
+    nets = [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    fused = default_optimizer("LoRA")([{"params": list(nets[0].parameters())}])
+    loop = AdamW(nets[1].parameters(), lr=LEARNING_RATES.get("LoRA", OTHERS), weight_decay=0.05)
+    assert fused.defaults["fused"]
+    for turn in range(4):
+        if turn == 1 and changed == "parameter":
+            nets[0].to(memory_format=torch.channels_last)
+        x = torch.randn(2, 4, 5, 5)
+        for net, optimizer in zip(nets, (fused, loop), strict=True):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            if turn >= 1 and changed == "gradient":
+                weight = net.weight
+                weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
+            optimizer.step()
+    torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-5, atol=1e-6)

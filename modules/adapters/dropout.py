@@ -36,7 +36,7 @@ class Dropout:
         return thin / (1 - self._dropped / 2**16)
 
     def hidden(self, maps: Map, x: Tensor, narrow: Tensor) -> Tensor:
-        """``(x * mask) A^T``, for a prepared input."""
+        """``(x * mask) A^T``, for an input of the map."""
         if not _in_blocks(maps, x):
             return maps.hidden(times(self._mask(x), x), narrow)
         rows = x.reshape(-1, x.shape[-1])
@@ -55,7 +55,7 @@ class Dropout:
                 if it is not wanted.
             g_hidden: Gradient of what `hidden` gave.
             narrow: A.
-            x: The prepared input.
+            x: The input of the map.
 
         Returns:
             The gradient of the input, what `hidden` gave, and the gradient of A.

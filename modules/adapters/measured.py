@@ -90,7 +90,7 @@ def write_timed(device: torch.device, found: Table) -> None:
         os.replace(path, path.with_name(f"{path.name}.damaged"))
     known = content.setdefault(_machine(device), {})
     for key, timed in found.items():
-        known.setdefault(key, {}).update({str(rows): path for rows, path in timed.items()})
+        known.setdefault(key, {}).update({str(rows): fastest for rows, fastest in timed.items()})
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf-8")
     forget()

@@ -122,7 +122,7 @@ def forced(choice: Choice) -> str | None:
     if "side" in asked:
         return "side"
     if asked and not idle:
-        return possible("merged" if "merged" in asked else "rebuilt", info)
+        return "merged" if "merged" in asked else "rebuilt"
     if dropped or half or look_up:
         return "side"
     return "merged" if choice.weight.requires_grad else None

@@ -138,6 +138,10 @@ class Delta(nn.Module):
         ranks = "x".join(map(str, self.ranks()))
         return f"{shape}, rank={ranks}, scale={self.scale:g}"
 
+    def _scaled(self, factor: Tensor) -> Tensor:
+        """One factor, times the scale; of scale 1 the factor itself, for an operation less."""
+        return factor if self.scale == 1.0 else factor * self.scale
+
     def _masked(self, dense: Tensor) -> Tensor:
         """Keeps the padding row of an embedding at zero."""
         if self.info.padding_idx is None:

@@ -8,6 +8,7 @@ convolutions). Grouped and depthwise kernels are decomposed as they are stored,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,20 +63,24 @@ class FLoRADelta(Delta):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The core, then the factors by mode."""
-        return (self.core, *self.factors.values())
+        return (self.core, *self._by_mode().values())
 
     def compose(self, *factors: Tensor) -> Tensor:
         """Expands the core by its factors."""
-        core, by_mode = factors[0] * self.scale, iter(factors[1:])
-        return self._masked(expand(core, [next(by_mode) if has else None for has in self._has()]))
+        core, *by_mode = factors
+        return self._masked(expand(self._scaled(core), self._in_order(by_mode)))
 
     def tucker(self) -> tuple[Tensor, Factors]:
         """The core and its factors."""
-        by_mode = iter(self.factors.values())
-        return self.core, [next(by_mode) if has else None for has in self._has()]
+        return self.core, self._in_order(self._by_mode().values())
 
-    def _has(self) -> list[bool]:
-        return [size > 1 for size in self.info.shape]
+    def _by_mode(self) -> dict[str, Any]:
+        return self.factors._parameters  # whose own ``values`` look every one up as an attribute
+
+    def _in_order(self, factors: Iterable[Tensor]) -> Factors:
+        """One factor for each mode; None for those of size 1."""
+        by_mode = iter(factors)
+        return [next(by_mode) if size > 1 else None for size in self.info.shape]
 
     def ranks(self) -> tuple[int, ...]:
         """The core's shape."""

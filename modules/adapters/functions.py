@@ -121,8 +121,9 @@ class Thin(torch.autograd.Function):
             return _thin_grads(ctx, gy)
 
 
-# torch binds the arguments of each call to the signature, which takes longer to find than to use.
-Thin.forward.__signature__ = inspect.signature(Thin.forward)  # type: ignore[attr-defined]
+# torch finds the signature at each call and binds the arguments to it: to one this is quick.
+_INPUTS = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+Thin.forward.__signature__ = _INPUTS  # type: ignore[attr-defined]
 
 
 def _thin_grads(ctx: Any, gy: Tensor) -> Any:
@@ -198,7 +199,7 @@ class Merged(torch.autograd.Function):
             return _merged_grads(ctx, gy)
 
 
-Merged.forward.__signature__ = inspect.signature(Merged.forward)  # type: ignore[attr-defined]
+Merged.forward.__signature__ = _INPUTS  # type: ignore[attr-defined]
 
 
 def _merged_grads(ctx: Any, gy: Tensor) -> Any:

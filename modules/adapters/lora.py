@@ -59,7 +59,7 @@ class LoRADelta(Delta):
     def compose(self, *factors: Tensor) -> Tensor:
         """Multiplies B by A."""
         lora_A, lora_B = factors
-        return self._masked(expand(*self._tucker(lora_A * self.scale, lora_B)))
+        return self._masked(expand(*self._tucker(self._scaled(lora_A), lora_B)))
 
     def tucker(self) -> tuple[Tensor, Factors] | None:
         """A is the core; B the only factor."""
@@ -104,7 +104,7 @@ class LoralibConvDelta(LoRADelta):
     def compose(self, *factors: Tensor) -> Tensor:
         """Multiplies and reads the product as the kernel."""
         lora_A, lora_B = factors
-        return (lora_B @ (lora_A * self.scale)).reshape(self.info.shape)
+        return (lora_B @ self._scaled(lora_A)).reshape(self.info.shape)
 
     def tucker(self) -> None:
         """There is none: the reading mixes channels and taps."""
@@ -123,7 +123,7 @@ class ArticleConvDelta(LoRADelta):
         """``dW[o, i, y, x] = s * sum_r B[o y, r] A[r, i x]``."""
         lora_A, lora_B = factors
         out, per_group, kh, kw = self.info.shape
-        product = lora_B @ (lora_A * self.scale)
+        product = lora_B @ self._scaled(lora_A)
         return product.view(out, kh, per_group, kw).transpose(1, 2)
 
     def tucker(self) -> None:
@@ -142,7 +142,7 @@ class BatchedLoRADelta(LoRADelta):
     def compose(self, *factors: Tensor) -> Tensor:
         """Multiplies matrix by matrix."""
         lora_A, lora_B = factors
-        return lora_B @ (lora_A * self.scale)
+        return lora_B @ self._scaled(lora_A)
 
     def tucker(self) -> None:
         """There is none: the matrices share nothing."""

@@ -118,11 +118,12 @@ class MapCall:
         return y.squeeze(0) if self.unbatched else y
 
     def _on_path(self, total: Total, path: str) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(self.dtype)
+        dtype = self.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
         again = all(delta.recompute for delta, _ in total.terms)
         recipe, source = source_of(self.x) if again else (None, None)
         step = Step(self.map, self.form, self.out_dim, path == "rebuilt", recipe)
-        tensors: tuple[Tensor | None, ...] = (self.x.to(self.dtype), source, self.weight, bias)
+        tensors: tuple[Tensor | None, ...] = (self.x.to(dtype), source, self.weight, bias)
         if path == "merged":
             return self._merged(tensors, total, step)
         dropout = {_dropout(delta) for delta, _ in total.terms} - {0.0}

@@ -23,16 +23,41 @@ def expand(core: Tensor, factors: Factors) -> Tensor:
     Returns:
         The dense tensor, of shape ``[I_1, ..., I_N]``.
     """
-    # The mode that grows least goes first, so that the intermediates stay small.
-    modes = [n for n, factor in enumerate(factors) if factor is not None]
-    modes.sort(key=lambda n: factors[n].shape[0] / max(1, factors[n].shape[1]))  # type: ignore[union-attr]
-    for n in modes:
-        core = mode_product(core, factors[n], n)  # type: ignore[arg-type]
-    return core
+    sizes = [n if f is None else len(f) for n, f in zip(core.shape, factors, strict=True)]
+    first, second, *inner = factors
+    # Backward keeps what is made on the way, which is small if the modes that grow go last: the
+    # kernel's before the second, and then the first, as its product is the quickest.
+    if first is not None and second is not None and _growth(first) < min(2, _growth(second)):
+        core, first = first.mm(core.flatten(1)).view(len(first), *core.shape[1:]), None
+    rows, columns, *ranks = core.shape
+    if ranks and second is not None and _growth(second) == 1:  # the three channels of an image
+        core, second = _widened(core.reshape(rows, -1), [columns, *ranks], [second, *inner]), None
+    elif any(factor is not None for factor in inner):
+        core = _widened(core.reshape(rows * columns, -1), ranks, inner)
+    if second is not None:
+        core = second @ core.reshape(rows, columns, -1) if ranks else core.mm(second.t())
+    core = core.reshape(rows, -1)
+    core = core if first is None else first.mm(core)
+    return core.view(sizes)
+
+
+def _growth(factor: Tensor) -> float:
+    return factor.shape[0] / factor.shape[1]
+
+
+def _widened(core: Tensor, ranks: Sequence[int], factors: Factors) -> Tensor:
+    """Widens the columns of ``core``, which are modes of these ranks; leaves the rows.
+
+    Each product takes the mode that comes first and puts it last: the tensor can be seen as a
+    matrix every time, and is not laid out anew in between.
+    """
+    rest = core.t()
+    for rank, factor in zip(ranks, factors, strict=True):
+        rest = rest.reshape(rank, -1).t()
+        rest = rest if factor is None else rest.mm(factor.t())
+    return rest
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Multiplies one mode of ``tensor``, of size J, by a ``[I, J]`` matrix."""
-    if mode == 0:  # laid out in order, as the weight is that it will be added to
-        return (matrix @ tensor.flatten(1)).view(-1, *tensor.shape[1:])
     return F.linear(tensor.movedim(mode, -1), matrix).movedim(-1, mode)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from litflora.adapters import FLoRA, LoRA, inject
 
+WARMUP = 3  # turns in which the allocator settles
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -88,10 +90,14 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def table(repetitions: int) -> str:
+def named(part: str) -> list[Shape]:
+    return [shape for shape in SHAPES if part in shape.name]
+
+
+def table(chosen: list[Shape], repetitions: int) -> str:
     """Time of each variant relative to full tuning of the layer, medians; CPU time."""
     rows = []
-    for shape in track(SHAPES, description="shapes"):
+    for shape in track(chosen, description="shapes"):
         times = measure(shape, repetitions)
         cells = [
             f"{times[name] / times['full']:.2f}" if name in times else "-" for name in VARIANTS
@@ -113,18 +119,17 @@ def measure(shape: Shape, repetitions: int) -> dict[str, float]:
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_(shape.input_grad)
+    gy = torch.ones_like(nets["full"](x)).detach()
     times: dict[str, list[float]] = {name: [] for name in nets}
-    for repetition in range(repetitions + 1):
+    for repetition in range(repetitions + WARMUP):
         for name in list(nets)[:: 1 if repetition % 2 == 0 else -1]:
-            times[name].append(step(nets[name], x))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+            times[name].append(step(nets[name], x, gy))
+    return {name: statistics.median(values[WARMUP:]) for name, values in times.items()}
 
 
-def step(net: nn.Module, x: Tensor) -> float:
+def step(net: nn.Module, x: Tensor, gy: Tensor) -> float:
     net.zero_grad()
     x.grad = None
-    with torch.no_grad():
-        gy = torch.ones_like(net(x))
     start = time.process_time()
     net(x).backward(gy)
     return time.process_time() - start

@@ -31,8 +31,7 @@ from variants import RANK, VARIANTS
 def main() -> None:
     os.environ["LITFLORA_PATHS"] = "none"  # the rule is measured, not this machine's notes
     args = parse_args()
-    table = layer_table if args.layers else inference_table if args.inference else step_table
-    name, text = table(args)
+    name, text = args.table(args)
     print(text)
     write(args.out / f"{name}.md", text)
 
@@ -41,18 +40,24 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224", choices=MODELS["cpu"])
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--layers", action="store_true", help="single layers, by shape, on a CPU")
+    about_layers = "single layers on a CPU, or those whose name has NAME in it"
+    what.add_argument("--layers", nargs="?", const="", metavar="NAME", help=about_layers)
     what.add_argument("--inference", action="store_true", help="forward alone, unmerged and merged")
     what.add_argument("--variants", nargs="+", choices=VARIANTS, help="all that suit the model")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--size", type=int, help="pixels of a side, or tokens")
-    parser.add_argument("--repetitions", type=int, help="7, for inference 21")
+    parser.add_argument("--repetitions", type=int, help="7; 21 for inference and layers")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=MODELS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_step"))
     args = parser.parse_args()
     # Ratios close to one want more turns.
-    args.repetitions = args.repetitions or (21 if args.inference else 7)
+    close = args.inference or args.layers is not None
+    args.repetitions = args.repetitions or (21 if close else 7)
+    args.table = inference_table if args.inference else layer_table if close else step_table
+    if args.layers and not shapes.named(args.layers):
+        known = "; ".join(shape.name for shape in shapes.SHAPES)
+        parser.error(f"no layer has {args.layers!r} in its name: {known}")
     suited = [name for name, v in VARIANTS.items() if v.suits(model_of(args).convolutional)]
     args.variants = args.variants or suited
     for name in args.variants:
@@ -85,7 +90,7 @@ def inference_table(args: argparse.Namespace) -> tuple[str, str]:
 def layer_table(args: argparse.Namespace) -> tuple[str, str]:
     """The name of its file, and the text."""
     where = about("cpu", "float32", args.repetitions)
-    text = shapes.table(args.repetitions)
+    text = shapes.table(shapes.named(args.layers), args.repetitions)
     return "layers_cpu", f"forward and backward relative to full tuning, {where}\n\n{text}"
 
 

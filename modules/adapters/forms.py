@@ -97,8 +97,8 @@ def takes_patches(
         offsets: Padding, and what dilation adds to a step of one.
         groups: Groups.
     """
-    if list(weight.shape[2:]) != stride or any(offsets) or groups > 1:
+    pays = x.numel() <= weight.numel() and x.device.type == "cpu"
+    if not pays or list(weight.shape[2:]) != stride or any(offsets) or groups > 1:
         return False
     whole = all(size % k == 0 for size, k in zip(x.shape[2:], stride, strict=True))
-    pays = x.device.type == "cpu" and x.numel() <= weight.numel()
-    return whole and pays and is_channels_last(x)
+    return whole and is_channels_last(x)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .adapters import read_config
 from .module import TuningModule
 
@@ -18,16 +15,12 @@ class ClassesModule(TuningModule):
     Attributes:
         num_classes: Number of classes.
         class_names: Names of the classes; their numbers if none are given.
-        class_weights: Weight of each class in the loss; None is 1 for all.
     """
-
-    class_weights: Tensor | None
 
     def __init__(
         self,
         num_classes: int,
         class_names: list[str] | None = None,
-        class_weights: list[float] | None = None,
         adapter: str | None = None,
         **options: Any,
     ) -> None:
@@ -36,21 +29,15 @@ class ClassesModule(TuningModule):
         Args:
             num_classes: Number of classes, at least 2.
             class_names: Names of the classes, in order.
-            class_weights: Weight of each class in the loss.
             adapter: Folder of a saved adapter to start from, whose classes must be these.
             options: Arguments of `TuningModule`.
         """
         super().__init__(adapter=adapter, **options)
         if num_classes < 2:
             raise ValueError(f"{self.task} needs at least 2 classes, not {num_classes}")
-        if class_weights is not None and not all(0 <= w < float("inf") for w in class_weights):
-            raise ValueError(f"class_weights must be finite and 0 or more, not {class_weights}")
-        _check_length("class_names", class_names, num_classes)
-        _check_length("class_weights", class_weights, num_classes)
+        check_length("class_names", class_names, num_classes)
         self.num_classes = num_classes
         self.class_names = _class_names(class_names, num_classes, adapter)
-        weights = None if class_weights is None else torch.tensor(class_weights)
-        self.register_buffer("class_weights", weights, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes again: a first download is what brings some data's."""
@@ -63,7 +50,8 @@ class ClassesModule(TuningModule):
         return {**super().metadata(datamodule), "class_names": self.class_names}
 
 
-def _check_length(name: str, values: Sequence[Any] | None, num_classes: int) -> None:
+def check_length(name: str, values: Sequence[Any] | None, num_classes: int) -> None:
+    """Raises if there is not one value for each class."""
     if values is not None and len(values) != num_classes:
         raise ValueError(f"{name} has {len(values)} entries, and there are {num_classes} classes")
 

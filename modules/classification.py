@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,7 +20,7 @@ from torchvision.transforms import v2
 from . import backbones
 from .adapters import Tuning
 from .callbacks import ConfusionMatrix, PredictionWriter
-from .classes import ClassesModule
+from .classes import ClassesModule, check_length
 from .module import unit_range
 from .optim import OneCycle
 
@@ -35,6 +36,7 @@ class ClassificationModule(ClassesModule):
 
     task: ClassVar[str] = "classification"
     monitor: ClassVar[str] = "val/acc"
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -78,7 +80,6 @@ class ClassificationModule(ClassesModule):
         super().__init__(
             num_classes=num_classes,
             class_names=class_names,
-            class_weights=class_weights,
             weights=weights,
             tuning=tuning,
             adapter=adapter,
@@ -89,11 +90,16 @@ class ClassificationModule(ClassesModule):
         )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
+        if class_weights is not None and not all(0 <= w < float("inf") for w in class_weights):
+            raise ValueError(f"class_weights must be finite and 0 or more, not {class_weights}")
+        check_length("class_weights", class_weights, num_classes)
         if min(mixup, cutmix) < 0:
             raise ValueError(f"mixup and cutmix must be 0 or more, not {mixup} and {cutmix}")
         self.backbone = backbone
         self.img_size = img_size
         self.label_smoothing = label_smoothing
+        weight = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weight, persistent=False)
         self.mix = _mixing(mixup, cutmix, num_classes)
         metrics = _metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val/")

@@ -12,8 +12,8 @@ from torchmetrics import MetricCollection
 from .adapters import Tuning
 from .backbones import create_pyramid
 from .callbacks import ClassTable, Gallery, MaskWriter
-from .classes import ClassesModule
-from .heads.segmentation import SegmentationNet
+from .classes import ClassesModule, check_length
+from .heads.segmentation import SegmentationNet, create_head
 from .losses import SegmentationLoss
 from .metrics import segmentation_metrics
 from .optim import OneCycle
@@ -81,7 +81,6 @@ class SegmentationModule(ClassesModule):
         super().__init__(
             num_classes=num_classes,
             class_names=class_names,
-            class_weights=class_weights,
             weights=weights,
             tuning=tuning,
             adapter=adapter,
@@ -90,6 +89,7 @@ class SegmentationModule(ClassesModule):
             head_lr=head_lr,
             layer_decay=layer_decay,
         )
+        check_length("class_weights", class_weights, num_classes)
         self.backbone = backbone
         self.head = head
         self.img_size = img_size
@@ -107,7 +107,8 @@ class SegmentationModule(ClassesModule):
     def build(self) -> nn.Module:
         """Makes the backbone's pyramid and the head on it."""
         pyramid = create_pyramid(self.backbone, self.weights, self.img_size, self.blocks)
-        return SegmentationNet(pyramid, self.head, self.num_classes)
+        head = create_head(self.head, pyramid.channels, pyramid.strides, self.num_classes)
+        return SegmentationNet(pyramid, head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[N, C, H, W]`` of images, uint8 or floats in [0, 1], not normalised."""
@@ -143,6 +144,6 @@ class SegmentationModule(ClassesModule):
         for image, mask in zip(images, masks, strict=True):
             metrics.update(self.segment(image), mask)
         for name, metric in metrics.items():
-            if not name.endswith("iou_per_class"):
+            if not name.endswith("/iou"):  # one for each class: `ClassTable` shows these
                 shown = name.endswith("/miou")
                 self.log(name, metric, prog_bar=shown, batch_size=len(images))

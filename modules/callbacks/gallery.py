@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ..losses import IGNORED
 from ._files import log_dir, publish
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 Palette = list[tuple[int, int, int]]
 
-IGNORE = 255
 RIGHT, WRONG, VOID = (216, 232, 216), (200, 30, 30), (160, 160, 160)
 
 
@@ -93,13 +93,15 @@ def draw(
         _show(axes[1], coloured(truth, palette))
         _show(axes[2], coloured(ids, palette))
         _show(axes[3], _errors(truth, ids))
-        share = (ids == truth)[truth != IGNORE].float().mean()
+        share = (ids == truth)[truth != IGNORED].float().mean()
         axes[3].set_xlabel(f"{share:.1%} of pixels right")
     for axis, title in zip(grid[0], ("image", "truth", "prediction", "wrong pixels"), strict=True):
         axis.set_title(title)
     present = sorted({int(n) for _, *masks in rows for mask in masks for n in mask.unique()})
     legend = [
-        Patch(color=np.array(palette[n]) / 255, label=class_names[n]) for n in present if n < IGNORE
+        Patch(color=np.array(palette[n]) / 255, label=class_names[n])
+        for n in present
+        if n < IGNORED
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 8))
     return figure
@@ -107,13 +109,13 @@ def draw(
 
 def coloured(ids: Tensor, palette: Palette) -> np.ndarray:
     """Class ids ``[H, W]`` in their colours, ``[H, W, 3]`` uint8; ignored pixels are grey."""
-    colours = np.full((IGNORE + 1, 3), VOID, np.uint8)
+    colours = np.full((IGNORED + 1, 3), VOID, np.uint8)
     colours[: len(palette)] = palette
     return colours[ids.numpy()]
 
 
 def _errors(truth: Tensor, ids: Tensor) -> np.ndarray:
-    kinds = torch.where(truth == IGNORE, 2, (truth != ids).long())
+    kinds = torch.where(truth == IGNORED, 2, (truth != ids).long())
     return np.array([RIGHT, WRONG, VOID], np.uint8)[kinds.numpy()]
 
 

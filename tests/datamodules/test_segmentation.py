@@ -277,6 +277,15 @@ def test_only_augmentation_changes_a_sample(tmp_path: Path, augment: bool) -> No
         assert torch.equal(first[0], later[0]) is not (augment and split == "train")
 
 
+def test_augmentation_follows_the_seed(tmp_path: Path) -> None:
+    one, other = (build(tmp_path / "camvid", seed=seed) for seed in (0, 1))
+    one.setup("fit")
+    other.setup("fit")
+    first, second = (data.datasets["train"][0] for data in (one, other))
+    assert first[2] == second[2]
+    assert not torch.equal(first[0], second[0])
+
+
 def test_rare_classes_come_more_often(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "camvid"
     for i in range(16):

@@ -41,7 +41,8 @@ class SegmentationModule(ClassesModule):
         num_classes: int,
         class_names: list[str] | None = None,
         weights: str | None = "pretrained",
-        head: str = "fpn",
+        head: str = "segformer",
+        head_width: int = 256,
         tuning: Tuning | None = None,
         img_size: int | list[int] | None = None,
         blocks: list[int] | None = None,
@@ -62,6 +63,7 @@ class SegmentationModule(ClassesModule):
             class_names: Names of the classes, in order; the command line takes them from the data.
             weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None.
             head: The decoder: linear, unet, fpn, upernet, segformer, dpt or deeplabv3plus.
+            head_width: Channels that the decoder works in.
             tuning: What is trained of the backbone; None is ``FLoRA()``. If it names no targets,
                 the layers that suit the backbone are adapted. The head always trains.
             img_size: Side, or height and width, of the training images in pixels; None is the
@@ -92,6 +94,7 @@ class SegmentationModule(ClassesModule):
         check_length("class_weights", class_weights, num_classes)
         self.backbone = backbone
         self.head = head
+        self.head_width = head_width
         self.img_size = img_size
         self.blocks = blocks
         self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, class_weights)
@@ -107,7 +110,8 @@ class SegmentationModule(ClassesModule):
     def build(self) -> nn.Module:
         """Makes the backbone's pyramid and the head on it."""
         pyramid = create_pyramid(self.backbone, self.weights, self.img_size, self.blocks)
-        head = create_head(self.head, pyramid.channels, pyramid.strides, self.num_classes)
+        maps = pyramid.channels, pyramid.strides
+        head = create_head(self.head, *maps, self.num_classes, self.head_width)
         return SegmentationNet(pyramid, head)
 
     def forward(self, images: Tensor) -> Tensor:

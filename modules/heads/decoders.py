@@ -22,8 +22,8 @@ from torch import Tensor, nn
 class DecoderHead(nn.Module):
     """A decoder and the convolution that turns its output into logits.
 
-    A subclass makes both from the channels and strides of the maps; further options are those of
-    the library's decoder class.
+    A subclass makes both from the channels and strides of the maps, and a width: the channels that
+    the decoder works in, at most those of its last maps.
 
     Attributes:
         reads_all: Whether every map is used.
@@ -56,17 +56,16 @@ class UNet(DecoderHead):
         channels: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        decoder_channels: Sequence[int] | None = None,
-        **options: Any,
+        width: int = 256,
     ) -> None:
         finest = strides[0]
         if finest & (finest - 1):
             raise ValueError(f"unet doubles its maps up to the image: it cannot from {finest} px")
         above = [2**i for i in range(finest.bit_length() - 1)]
         targets = [*strides[-2::-1], *above[::-1]]
-        widths = list(decoder_channels or [min(16 * stride, 256) for stride in targets])
+        widths = [min(width * stride // 16, width) for stride in targets]
         decoder = _library("decoders.unet.decoder").UnetDecoder(
-            [0] * len(above) + list(channels), widths, n_blocks=len(targets), **options
+            [0] * len(above) + list(channels), widths, n_blocks=len(targets)
         )
         super().__init__(decoder, _convolution(widths[-1], num_classes, 3))
         self.scales = [finest // stride for stride in above]
@@ -80,11 +79,21 @@ class FPN(DecoderHead):
     """The semantic branch of Panoptic FPN (Kirillov et al. 2019, arXiv:1901.02446)."""
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], num_classes: int, **options: Any
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        width: int = 256,
     ) -> None:
+        if width % 64:
+            raise ValueError(
+                f"fpn normalises in 32 groups: its width is a multiple of 64, not {width}"
+            )
         if list(strides) != [strides[0] * 2**i for i in range(4)]:
             raise ValueError(f"fpn takes four maps, each at twice the stride before, not {strides}")
-        decoder = _library("decoders.fpn.decoder").FPNDecoder(list(channels), **options)
+        decoder = _library("decoders.fpn.decoder").FPNDecoder(
+            list(channels), pyramid_channels=width, segmentation_channels=width // 2
+        )
         super().__init__(decoder, _convolution(decoder.out_channels, num_classes))
 
 
@@ -96,13 +105,11 @@ class UPerNet(DecoderHead):
         channels: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        decoder_channels: int = 256,
-        **options: Any,
+        width: int = 256,
     ) -> None:
-        decoder = _library("decoders.upernet.decoder").UPerNetDecoder(
-            [0, 0, *channels], decoder_channels=decoder_channels, **options
-        )
-        super().__init__(decoder, _convolution(decoder_channels, num_classes))
+        library = _library("decoders.upernet.decoder")
+        decoder = library.UPerNetDecoder([0, 0, *channels], decoder_channels=width)
+        super().__init__(decoder, _convolution(width, num_classes))
 
     def arrange(self, maps: list[Tensor]) -> list[Tensor]:
         """The maps, after two that are not looked at."""
@@ -117,13 +124,11 @@ class SegFormer(DecoderHead):
         channels: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        segmentation_channels: int = 256,
-        **options: Any,
+        width: int = 256,
     ) -> None:
-        decoder = _library("decoders.segformer.decoder").SegformerDecoder(
-            [0, *channels], segmentation_channels=segmentation_channels, **options
-        )
-        super().__init__(decoder, _convolution(segmentation_channels, num_classes))
+        library = _library("decoders.segformer.decoder")
+        decoder = library.SegformerDecoder([0, *channels], segmentation_channels=width)
+        super().__init__(decoder, _convolution(width, num_classes))
 
     def arrange(self, maps: list[Tensor]) -> list[Tensor]:
         """The maps, after an image of which the finest is a quarter: it says the output's size."""
@@ -142,8 +147,7 @@ class DPT(DecoderHead):
         channels: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        fusion_channels: int = 256,
-        **options: Any,
+        width: int = 256,
     ) -> None:
         if len(strides) != 4:
             raise ValueError(f"dpt takes four maps, not {len(strides)}")
@@ -154,10 +158,10 @@ class DPT(DecoderHead):
             encoder_output_strides=rounded,
             encoder_has_prefix_tokens=False,
             readout="ignore",
-            fusion_channels=fusion_channels,
-            **options,
+            intermediate_channels=(width, 2 * width, 4 * width, 4 * width),
+            fusion_channels=width,
         )
-        classifier = library.DPTSegmentationHead(fusion_channels, num_classes, upsampling=1)
+        classifier = library.DPTSegmentationHead(width, num_classes, upsampling=1)
         super().__init__(decoder, classifier)
         self.whole = max(1, 32 // rounded[-1])  # pixels of the last map that make one at stride 32
         self.scale = rounded[0] // 2  # the output has stride 2
@@ -185,10 +189,7 @@ class DeepLabV3Plus(DecoderHead):
         channels: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        out_channels: int = 256,
-        atrous_rates: Sequence[int] = (12, 24, 36),
-        aspp_separable: bool = True,
-        aspp_dropout: float = 0.5,
+        width: int = 256,
     ) -> None:
         if strides[-1] % (4 * strides[0]):
             raise ValueError(
@@ -197,13 +198,13 @@ class DeepLabV3Plus(DecoderHead):
         decoder = _library("decoders.deeplabv3.decoder").DeepLabV3PlusDecoder(
             encoder_channels=[0, 0, channels[0], channels[-1]],
             encoder_depth=4,
-            out_channels=out_channels,
-            atrous_rates=atrous_rates,
+            out_channels=width,
+            atrous_rates=(12, 24, 36),
             output_stride=16,
-            aspp_separable=aspp_separable,
-            aspp_dropout=aspp_dropout,
+            aspp_separable=True,
+            aspp_dropout=0.5,
         )
-        super().__init__(decoder, _convolution(out_channels, num_classes))
+        super().__init__(decoder, _convolution(width, num_classes))
 
     def arrange(self, maps: list[Tensor]) -> list[Tensor]:
         """The finest map third, where it is read, and the coarsest last."""

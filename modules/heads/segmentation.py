@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ class LinearHead(nn.Module):
     projected at its own size, and only logits are resized.
     """
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], num_classes: int) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        width: int = 256,
+    ) -> None:
+        """Makes a layer for each map; it has no ``width`` of its own."""
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in channels)
         self.layers = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in channels)
@@ -48,7 +55,11 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 def create_head(
-    name: str, channels: Sequence[int], strides: Sequence[int], num_classes: int, **options: Any
+    name: str,
+    channels: Sequence[int],
+    strides: Sequence[int],
+    num_classes: int,
+    width: int = 256,
 ) -> nn.Module:
     """Builds a segmentation head for the maps of a pyramid.
 
@@ -58,23 +69,22 @@ def create_head(
         channels: Channels of the maps, finest first.
         strides: Strides of the maps.
         num_classes: Number of classes.
-        options: Arguments of the decoder that differ from its own defaults.
+        width: Channels that the decoder works in.
 
     Returns:
         A module that makes logits [N, num_classes, h, w] from a list of maps.
 
     Raises:
         ImportError: If the decoder's library is not installed.
-        ValueError: If there is no such head, or it cannot take these strides or options.
+        ValueError: If there is no such head, or it cannot take these strides or this width.
     """
     if name not in HEADS:
         raise ValueError(f"no segmentation head is called {name!r}: there are {', '.join(HEADS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    try:
-        return HEADS[name](channels, strides, num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"head {name} does not take {options}: {error}") from error
+    if width < 16:
+        raise ValueError(f"the width of a head must be at least 16, not {width}")
+    return HEADS[name](channels, strides, num_classes, width)
 
 
 class SegmentationNet(Wrapper):

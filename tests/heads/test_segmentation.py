@@ -84,7 +84,7 @@ def test_what_is_padded_is_cropped_at_the_right_and_below(head, pyramid):
 def test_logits_lie_where_their_pixels_are(head):
     """What changes with a patch of the image is strongest at that patch."""
     net = made(head, "stages").eval()
-    image = torch.zeros(1, 3, 128, 128)
+    image = torch.randn(1, 3, 128, 128)
     image.requires_grad_()
     net(image)[0, :, 96:104, 32:40].sum().backward()
     strength = F.avg_pool2d(image.grad.abs().sum(1), 16)[0]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class SeededDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The samples of the first epoch: no key is out of range, so a plain loop would not end."""
+        return (self[index] for index in range(len(self)))
 
     def _transformed(self, sample: Any, key: int) -> Any:
         if self.transform is None:
@@ -118,6 +122,7 @@ class TuningDataModule(LightningDataModule):
     """
 
     class_names: list[str]
+    whole_batches: ClassVar[bool] = False  # whether a smaller last batch of training is left out
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -202,6 +207,7 @@ class TuningDataModule(LightningDataModule):
             self.datasets[name],
             batch_size=batch_size,
             sampler=sampler,
+            drop_last=self.whole_batches and sampler is not None and len(sampler) >= batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -31,6 +31,7 @@ class SegmentationDataModule(TuningDataModule):
         augment: Whether training images are changed at random.
     """
 
+    whole_batches = True  # decoders normalise by the batch, and some cannot by one of one image
     legend: Legend
     crop_size: tuple[int, int]
     augment: bool

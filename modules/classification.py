@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from . import backbones
 from .adapters import Tuning
+from .backbones.embedded import CONVNEXT_SHAPES
 from .callbacks import ConfusionMatrix, PredictionWriter
 from .classes import ClassesModule, check_length
 from .module import unit_range
@@ -116,6 +117,16 @@ class ClassificationModule(ClassesModule):
     def build(self) -> nn.Module:
         """Makes the timm model."""
         return backbones.create(self.backbone, self.weights, self.num_classes, self.img_size)
+
+    def plain_code(self) -> tuple[str, str]:
+        """A call of plain timm."""
+        options: dict[str, Any] = {"num_classes": self.num_classes}
+        if self.img_size is not None and hasattr(self.net, "set_input_size"):
+            options["img_size"] = self.img_size  # the position embeddings have this size
+        maker = f"timm.create_model({self.backbone!r}, "
+        if self.backbone == "convnext_shapes":  # timm knows the class, not this size of it
+            maker, options = "timm.models.ConvNeXt(", {**CONVNEXT_SHAPES, **options}
+        return "timm", maker + ", ".join(f"{key}={v!r}" for key, v in options.items()) + ")"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images that are uint8 or floats in [0, 1], not normalised."""

@@ -114,13 +114,21 @@ class SegmentationModule(ClassesModule):
         head = create_head(self.head, *maps, self.num_classes, self.head_width)
         return SegmentationNet(pyramid, head)
 
+    def plain_code(self) -> tuple[str, str]:
+        """The net is litflora's own: a pyramid and a head."""
+        options = {"img_size": self.img_size, "blocks": self.blocks, "weights": None}
+        options |= {"head": self.head, "head_width": self.head_width}
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        made = f"SegmentationModule({self.backbone!r}, {self.num_classes}, {told}).build()"
+        return "litflora", f"litflora.{made}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[N, C, H, W]`` of images, uint8 or floats in [0, 1], not normalised."""
         assert self.net is not None, "call configure_model() first"
         return self.net(self.normalize(images))
 
     def segment(self, image: Tensor) -> Tensor:
-        """Class ids ``[H, W]`` of one image ``[3, H, W]`` of any size."""
+        """Class ids ``[H, W]`` of one image ``[3, H, W]`` of any size; call ``eval()`` before."""
         return self.inference(self, image)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:

@@ -29,7 +29,8 @@ class Gallery(Callback):
     Each row is a validation sample: the image, its true mask, the predicted one, and where the two
     differ. The samples are spread over the validation set and stay the same, so that epochs can be
     compared; ``epoch_000`` is the model before training. The picture also goes to every logger that
-    takes figures or images.
+    takes figures or images. A datamodule without ``datasets`` and ``palette``, which litflora's own
+    have, is passed over.
 
     Args:
         samples: How many samples are drawn.
@@ -49,10 +50,11 @@ class Gallery(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the samples as the model sees them now."""
-        data = getattr(trainer, "datamodule", None)
+        data = trainer.datamodule
         epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
         drawn = trainer.state.fn == "fit" and epoch % self.every_n_epochs == 0
-        if data is None or not drawn or trainer.fast_dev_run or find_spec("matplotlib") is None:
+        known = hasattr(data, "datasets") and hasattr(data, "palette")
+        if not (known and drawn) or trainer.fast_dev_run or find_spec("matplotlib") is None:
             return
         rows = [self._row(pl_module, sample) for sample in self._chosen(data.datasets["val"])]
         path = log_dir(trainer) / "gallery" / f"epoch_{epoch:03d}.png"

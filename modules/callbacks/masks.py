@@ -40,12 +40,13 @@ class MaskWriter(Callback):
     ) -> None:
         """Writes the masks of a batch."""
         folder, data = log_dir(trainer) / "predictions", trainer.datamodule
+        root, palette = getattr(data, "predict_root", None), getattr(data, "palette", [])
         if trainer.fast_dev_run:
             return
         for name, ids in zip(outputs["names"], outputs["ids"], strict=True):
-            path = folder / self._free(_relative(name, data.predict_root))
+            path = folder / self._free(_relative(name, root))
             with replacing(path) as temporary:
-                picture(ids, data.palette).save(temporary)
+                picture(ids, palette).save(temporary)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says where the masks are."""
@@ -61,9 +62,10 @@ class MaskWriter(Callback):
 
 
 def picture(ids: Tensor, palette: list[tuple[int, int, int]]) -> Image.Image:
-    """A palette image of class ids ``[H, W]``, each below 256."""
+    """A palette image of class ids ``[H, W]``, each below 256; grey ones without a palette."""
     image = Image.fromarray(ids.cpu().numpy().astype(np.uint8), mode="P")
-    image.putpalette([value for colour in palette for value in colour])
+    colours = palette or [(grey, grey, grey) for grey in range(256)]
+    image.putpalette([value for colour in colours for value in colour])
     return image
 
 

@@ -4,14 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ade20k import ADE20KDataModule as ADE20KDataModule
+    from .camvid import CamVidDataModule as CamVidDataModule
+    from .cityscapes import CityscapesDataModule as CityscapesDataModule
     from .image_folder import ImageFolderDataModule as ImageFolderDataModule
+    from .mask_folder import MaskFolderDataModule as MaskFolderDataModule
+    from .oxford_pet import OxfordPetTrimapsDataModule as OxfordPetTrimapsDataModule
     from .shapes import ShapesDataModule as ShapesDataModule
+    from .shapes import ShapesSegmentationDataModule as ShapesSegmentationDataModule
     from .vision import VisionDataModule as VisionDataModule
+    from .voc import VOCSegmentationDataModule as VOCSegmentationDataModule
 
 _HOMES = {
+    "ADE20KDataModule": "ade20k",
+    "CamVidDataModule": "camvid",
+    "CityscapesDataModule": "cityscapes",
     "ImageFolderDataModule": "image_folder",
+    "MaskFolderDataModule": "mask_folder",
+    "OxfordPetTrimapsDataModule": "oxford_pet",
     "ShapesDataModule": "shapes",
+    "ShapesSegmentationDataModule": "shapes",
     "VisionDataModule": "vision",
+    "VOCSegmentationDataModule": "voc",
 }
 __all__ = list(_HOMES)
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -30,14 +30,37 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-@dataclass
-class Samples(Dataset[Sample]):
-    """Images with their labels and names, drawn as (image, label, name).
+class SeededDataset(Dataset[Any]):
+    """Named samples, transformed at random.
 
     What a random transform does to a sample follows from the seed, the epoch and the sample, never
     from the worker that loads it. Epoch and sample come as one key, `epoch * len(self) + index`,
     because only the key reaches a worker that outlives the epoch.
     """
+
+    names: Sequence[str]
+    transform: Callable[[Any], Any] | None
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The samples of the first epoch: no key is out of range, so a plain loop would not end."""
+        return (self[index] for index in range(len(self)))
+
+    def _transformed(self, sample: Any, key: int) -> Any:
+        if self.transform is None:
+            return sample
+        (seed,) = np.random.SeedSequence((self.seed, key)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))
+            return self.transform(sample)
+
+
+@dataclass
+class Samples(SeededDataset):
+    """Images with their labels and names, drawn as (image, label, name)."""
 
     images: Images
     labels: Sequence[int]
@@ -45,20 +68,9 @@ class Samples(Dataset[Sample]):
     transform: Callable[[Any], Tensor] | None = None
     seed: int = 0
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, key: int) -> Sample:
         index = key % len(self)
         return self._transformed(self.images[index], key), self.labels[index], self.names[index]
-
-    def _transformed(self, image: Any, key: int) -> Any:
-        if self.transform is None:
-            return image
-        (seed,) = np.random.SeedSequence((self.seed, key)).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))
-            return self.transform(image)
 
     def take(self, indices: Sequence[int]) -> "Samples":
         """These samples only, in this order."""
@@ -71,14 +83,14 @@ class Samples(Dataset[Sample]):
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Shuffles by seed and epoch and hands out the keys of `Samples`.
+    """Shuffles by seed and epoch and hands out the keys of a `SeededDataset`.
 
     Lightning leaves a DistributedSampler as it is and tells it the epoch, also after a resume. A
     training loop of your own does so with `loader.sampler.set_epoch(epoch)`.
     """
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # Samples has a length
+        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # ours have a length
         return (start + index for index in super().__iter__())
 
 
@@ -100,28 +112,19 @@ def named(batch: list[Sample]) -> tuple[Tensor, list[str]]:
     return torch.stack(images), list(names)
 
 
-class ClassificationDataModule(LightningDataModule):
-    """Loaders over the `Samples` that a subclass gives for each split.
-
-    Batches are (images, labels), when predicting (images, names). Images are uint8, NCHW and not
-    normalised: the backbone knows its own mean and deviation.
+class TuningDataModule(LightningDataModule):
+    """Loaders over the datasets that a subclass gives for each split.
 
     Args:
         batch_size: Samples in a batch of one process.
         num_workers: Processes that load; they change the speed and never the batches.
-        seed: Decides splits, subsets, order and augmentation.
-        samples_per_class: Train on that many samples of each class only.
+        seed: Decides all that is random in the data.
     """
 
     class_names: list[str]
+    whole_batches: ClassVar[bool] = False  # whether a smaller last batch of training is left out
 
-    def __init__(
-        self,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        samples_per_class: int | None = None,
-    ) -> None:
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         at_least = {
             "batch_size": (batch_size, 1),
@@ -134,16 +137,19 @@ class ClassificationDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.samples_per_class = samples_per_class
-        self.datasets: dict[str, Samples] = {}
+        self.datasets: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.class_names)
 
-    def split(self, name: str) -> Samples:
+    def split(self, name: str) -> SeededDataset:
         """All samples of the split "train", "val", "test" or "predict"."""
+        raise NotImplementedError
+
+    def collate(self, name: str) -> Callable[[list[Any]], Any]:
+        """What makes a batch of a split's samples."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
@@ -155,13 +161,10 @@ class ClassificationDataModule(LightningDataModule):
         """Make the splits that a stage needs, once."""
         for name in _SPLITS_OF_STAGE[stage]:
             if name not in self.datasets:
-                self.datasets[name] = self._subset(name, self.split(name))
+                self.datasets[name] = self._dataset(name)
 
-    def _subset(self, name: str, samples: Samples) -> Samples:
-        if name != "train" or self.samples_per_class is None:
-            return samples
-        chosen = few_shot(samples.labels, self.samples_per_class, self.seed, self.class_names)
-        return samples.take(chosen)
+    def _dataset(self, name: str) -> SeededDataset:
+        return self.split(name)
 
     def contents(self) -> str:
         """The sizes of the splits that are set up, and the classes, for a person to read."""
@@ -171,40 +174,83 @@ class ClassificationDataModule(LightningDataModule):
         shown = ", ".join([*self.class_names[:5], "..."][: self.num_classes])
         return f"{sizes} images of {self.num_classes} classes: {shown}"
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order drawn anew each epoch."""
-        samples = self.datasets["train"]
         ranks = self.trainer and self.trainer.distributed_sampler_kwargs
-        sampler = EpochSampler(samples, **(ranks or {"num_replicas": 1, "rank": 0}), seed=self.seed)
-        return self._loader(samples, labelled, sampler)
+        options = {**(ranks or {"num_replicas": 1, "rank": 0}), "seed": self.seed}
+        return self._loader("train", self.batch_size, self._sampler(options))
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Batches in the split's own order."""
-        return self._loader(self.datasets["val"], labelled)
+        return self._loader("val", self._eval_batch_size)
 
-    def test_dataloader(self) -> DataLoader[Sample]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Batches in the split's own order."""
-        return self._loader(self.datasets["test"], labelled)
+        return self._loader("test", self._eval_batch_size)
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Batches of (images, names) in the split's own order."""
-        return self._loader(self.datasets["predict"], named)
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches with names in place of what is to be predicted, in the split's own order."""
+        return self._loader("predict", self._eval_batch_size)
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.batch_size
+
+    def _sampler(self, options: dict[str, Any]) -> DistributedSampler[int]:
+        return EpochSampler(self.datasets["train"], **options)
 
     def _loader(
-        self,
-        samples: Samples,
-        collate: Callable[[list[Sample]], Any],
-        sampler: EpochSampler | None = None,
-    ) -> DataLoader[Sample]:
+        self, name: str, batch_size: int, sampler: DistributedSampler[int] | None = None
+    ) -> DataLoader[Any]:
         workers = min(self.num_workers, os.cpu_count() or 1)  # more would only wait for each other
         return DataLoader(
-            samples,
-            batch_size=self.batch_size,
+            self.datasets[name],
+            batch_size=batch_size,
             sampler=sampler,
+            drop_last=self.whole_batches and sampler is not None and len(sampler) >= batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
+            collate_fn=self.collate(name),
             # Its own generator: loading draws nothing from the stream that dropout or mixup use.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+class ClassificationDataModule(TuningDataModule):
+    """Loaders over the `Samples` that a subclass gives for each split.
+
+    Batches are (images, labels), when predicting (images, names). Images are uint8, NCHW and not
+    normalised: the backbone knows its own mean and deviation.
+
+    Args:
+        batch_size: Samples in a batch of one process.
+        num_workers: Processes that load; they change the speed and never the batches.
+        seed: Decides splits, subsets, order and augmentation.
+        samples_per_class: Train on that many samples of each class only.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        samples_per_class: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.samples_per_class = samples_per_class
+
+    def split(self, name: str) -> Samples:
+        """All samples of the split "train", "val", "test" or "predict"."""
+        raise NotImplementedError
+
+    def collate(self, name: str) -> Callable[[list[Sample]], Any]:
+        """(images, names) when predicting, else (images, labels)."""
+        return named if name == "predict" else labelled
+
+    def _dataset(self, name: str) -> Samples:
+        samples = self.split(name)
+        if name != "train" or self.samples_per_class is None:
+            return samples
+        chosen = few_shot(samples.labels, self.samples_per_class, self.seed, self.class_names)
+        return samples.take(chosen)

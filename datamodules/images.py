@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from .base import ClassificationDataModule, Samples, check_at_least
 from .splits import hold_out
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -32,12 +33,29 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def images_to_predict(folder: str) -> list[Path]:
+    """All image files below a folder that must hold some."""
+    paths = find_images(Path(folder))
+    if not paths:
+        known = " ".join(sorted(EXTENSIONS))
+        raise FileNotFoundError(f"no images below predict_root {folder}; looked for {known}")
+    return paths
+
+
+def check_splitting(val_fraction: float, predict_root: str | None) -> None:
+    """Raises if the arguments that make splits make no sense."""
+    if not 0 < val_fraction < 0.5:
+        raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 0.5")
+    if predict_root is not None and not Path(predict_root).is_dir():
+        raise FileNotFoundError(f"predict_root {predict_root} is no folder")
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read a file as RGB; one that cannot be read is named."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as reason:
+    except UNREADABLE as reason:
         raise ValueError(
             f"cannot read image {path} ({reason}); replace or remove it "
             "(check_images: true finds all such files before training)"
@@ -114,12 +132,9 @@ class ImageDataModule(ClassificationDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, samples_per_class)
         check_at_least("img_size", img_size, 1)
-        if not 0 < val_fraction < 0.5:
-            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 0.5")
+        check_splitting(val_fraction, predict_root)
         if not 0 < min_crop <= 1:
             raise ValueError(f"min_crop={min_crop} is a share of the image: it must lie in (0, 1]")
-        if predict_root is not None and not Path(predict_root).is_dir():
-            raise FileNotFoundError(f"predict_root {predict_root} is no folder")
         self.img_size = img_size
         self.val_fraction = val_fraction
         self.augment = augment
@@ -134,7 +149,8 @@ class ImageDataModule(ClassificationDataModule):
     def split(self, name: str) -> Samples:
         """The samples of a split with its transform; "predict" falls back to "test"."""
         if name == "predict" and self.predict_root is not None:
-            samples = self._unlabelled(Path(self.predict_root))
+            paths = images_to_predict(self.predict_root)
+            samples = from_files(paths, [-1] * len(paths))
         else:
             self._splits = self._splits or self._complete(self.official_splits())
             samples = self._splits["test" if name == "predict" else name]
@@ -156,11 +172,3 @@ class ImageDataModule(ClassificationDataModule):
         train = splits["train"]
         kept, held = hold_out(train.labels, self.val_fraction, self.seed)
         return {"train": train.take(kept), name: train.take(held)}
-
-    @staticmethod
-    def _unlabelled(folder: Path) -> Samples:
-        paths = find_images(folder)
-        if not paths:
-            known = " ".join(sorted(EXTENSIONS))
-            raise FileNotFoundError(f"no images below predict_root {folder}; looked for {known}")
-        return from_files(paths, [-1] * len(paths))

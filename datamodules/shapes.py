@@ -2,9 +2,15 @@
 
 import numpy as np
 import torch
+from torch import Tensor
+from torchvision import tv_tensors
 
 from .base import SPLITS, ClassificationDataModule, Samples, check_at_least
-from .scenes import DOMAINS, KINDS, draw_scene, render
+from .dense import DenseSamples
+from .masks import Legend
+from .scenes import DOMAINS, KINDS, Scene, draw_scene, masks, render
+from .segmentation import SegmentationDataModule
+from .transforms import to_tensors
 
 
 class ShapesDataModule(ClassificationDataModule):
@@ -38,25 +44,92 @@ class ShapesDataModule(ClassificationDataModule):
         samples_per_class: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, samples_per_class)
-        if domain not in DOMAINS:
-            raise ValueError(f"domain {domain!r} is none of {', '.join(DOMAINS)}")
-        check_at_least("img_size", img_size, 8)
-        if min(train_samples, val_samples, test_samples) < 1:
-            raise ValueError("train_samples, val_samples and test_samples must be at least 1")
+        self.counts = _counts(domain, img_size, train_samples, val_samples, test_samples)
         self.domain = domain
         self.img_size = img_size
-        self.counts = dict(zip(SPLITS, (train_samples, val_samples, test_samples), strict=True))
         self.class_names = list(KINDS)
 
     def split(self, name: str) -> Samples:
         """Draw all images of a split; prediction takes those of the test split."""
-        name = "test" if name == "predict" else name
-        scenes = [
-            draw_scene(self.seed, SPLITS.index(name), index) for index in range(self.counts[name])
-        ]
-        pictures = np.stack([render(scene, self.img_size, self.domain) for scene in scenes])
+        scenes, names = _draw(self.seed, name, self.counts)
         return Samples(
-            images=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+            images=_pictures(scenes, self.img_size, self.domain),
             labels=[KINDS.index(scene.main.kind) for scene in scenes],
-            names=[f"{name}/{index:05d}" for index in range(len(scenes))],
+            names=names,
         )
+
+
+class ShapesSegmentationDataModule(SegmentationDataModule):
+    """The scenes of `ShapesDataModule` with masks: the kind of each shape, and the background.
+
+    Args:
+        domain: "source" or "shifted".
+        train_samples: Training images.
+        val_samples: Validation images.
+        test_samples: Test images.
+        img_size: Side of the images in pixels.
+        batch_size: Samples in a training batch of one process.
+        eval_batch_size: Samples in any other batch.
+        num_workers: Processes that load; the images are drawn once and kept, so 0 does well.
+        seed: Decides the scenes and their order.
+    """
+
+    legend = Legend(("background", *KINDS))
+    augment = False
+
+    def __init__(
+        self,
+        domain: str = "shifted",
+        train_samples: int = 2000,
+        val_samples: int = 500,
+        test_samples: int = 1000,
+        img_size: int = 96,
+        batch_size: int = 50,
+        eval_batch_size: int = 50,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        self.counts = _counts(domain, img_size, train_samples, val_samples, test_samples)
+        self.domain = domain
+        self.crop_size = (img_size, img_size)
+
+    def split(self, name: str) -> DenseSamples:
+        """Draw all images and masks of a split; prediction takes the images of the test split."""
+        scenes, names = _draw(self.seed, name, self.counts)
+        size = self.crop_size[0]
+        images = map(tv_tensors.Image, _pictures(scenes, size, self.domain))
+        targets = (
+            None if name == "predict" else tv_tensors.Mask(_kinds(scene, size)) for scene in scenes
+        )
+        return DenseSamples(list(zip(images, targets, strict=True)), names, to_tensors())
+
+
+def _counts(domain: str, img_size: int, *samples: int) -> dict[str, int]:
+    """The samples of each split, once all is checked."""
+    if domain not in DOMAINS:
+        raise ValueError(f"domain {domain!r} is none of {', '.join(DOMAINS)}")
+    check_at_least("img_size", img_size, 8)
+    if min(samples) < 1:
+        raise ValueError("train_samples, val_samples and test_samples must be at least 1")
+    return dict(zip(SPLITS, samples, strict=True))
+
+
+def _draw(seed: int, name: str, counts: dict[str, int]) -> tuple[list[Scene], list[str]]:
+    """The scenes of a split and their names."""
+    name = "test" if name == "predict" else name
+    scenes = [draw_scene(seed, SPLITS.index(name), index) for index in range(counts[name])]
+    return scenes, [f"{name}/{index:05d}" for index in range(len(scenes))]
+
+
+def _pictures(scenes: list[Scene], size: int, domain: str) -> Tensor:
+    pictures = np.stack([render(scene, size, domain) for scene in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+def _kinds(scene: Scene, size: int) -> Tensor:
+    """The class of each pixel: [size, size]."""
+    kinds = torch.zeros(size, size, dtype=torch.uint8)
+    for thing, visible in zip(scene.objects, masks(scene, size), strict=True):
+        kinds[torch.from_numpy(visible)] = 1 + KINDS.index(thing.kind)
+    return kinds

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .classification import ClassificationModule as ClassificationModule
     from .module import TuningModule as TuningModule
     from .module import from_adapter as from_adapter
+    from .segmentation import SegmentationModule as SegmentationModule
 
 __version__ = "0.1.0"
 
 _PACKAGES = ("adapters", "backbones", "callbacks", "datamodules")
 _HOMES = {
     "ClassificationModule": "classification",
+    "SegmentationModule": "segmentation",
     "TuningModule": "module",
     "from_adapter": "module",
     **dict.fromkeys(("BitFit", "FLoRA", "Full", "LoRA", "NormTuning", "Probe"), "adapters"),

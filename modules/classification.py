@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,22 +18,21 @@ from torchmetrics.classification import (
 from torchvision.transforms import v2
 
 from . import backbones
-from .adapters import Tuning, read_config
+from .adapters import Tuning
+from .backbones.embedded import CONVNEXT_SHAPES
 from .callbacks import ConfusionMatrix, PredictionWriter
-from .module import TuningModule, unit_range
+from .classes import ClassesModule, check_length
+from .module import unit_range
 from .optim import OneCycle
 
 Batch = tuple[Tensor, Tensor]
 
 
-class ClassificationModule(TuningModule):
+class ClassificationModule(ClassesModule):
     """Tunes a timm backbone to tell classes of images apart.
 
     It logs ``train/loss`` and, for validation and test, ``loss``, top-1 accuracy ``acc``, ``top5``,
     the mean F1 of the classes ``f1``, and the expected calibration error ``ece``.
-
-    Attributes:
-        class_names: Names of the classes; their numbers if none are given.
     """
 
     task: ClassVar[str] = "classification"
@@ -81,6 +79,8 @@ class ClassificationModule(TuningModule):
             cutmix: Alpha of cutmix; 0 is none.
         """
         super().__init__(
+            num_classes=num_classes,
+            class_names=class_names,
             weights=weights,
             tuning=tuning,
             adapter=adapter,
@@ -89,21 +89,16 @@ class ClassificationModule(TuningModule):
             head_lr=head_lr,
             layer_decay=layer_decay,
         )
-        if num_classes < 2:
-            raise ValueError(f"classification needs at least 2 classes, not {num_classes}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
-        if min(mixup, cutmix) < 0:
-            raise ValueError(f"mixup and cutmix must be 0 or more, not {mixup} and {cutmix}")
         if class_weights is not None and not all(0 <= w < float("inf") for w in class_weights):
             raise ValueError(f"class_weights must be finite and 0 or more, not {class_weights}")
+        check_length("class_weights", class_weights, num_classes)
+        if min(mixup, cutmix) < 0:
+            raise ValueError(f"mixup and cutmix must be 0 or more, not {mixup} and {cutmix}")
         self.backbone = backbone
         self.img_size = img_size
-        self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        _check_length("class_names", class_names, num_classes)
-        _check_length("class_weights", class_weights, num_classes)
-        self.class_names = _class_names(class_names, num_classes, adapter)
         weight = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weight, persistent=False)
         self.mix = _mixing(mixup, cutmix, num_classes)
@@ -111,16 +106,9 @@ class ClassificationModule(TuningModule):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
 
-    def setup(self, stage: str) -> None:
-        """Takes the names of the classes again: a first download is what brings some data's."""
-        names = getattr(self.trainer.datamodule, "class_names", None)
-        if self.class_names == [f"class {i}" for i in range(self.num_classes)] and names:
-            self.class_names = self.hparams["class_names"] = list(names)
-
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:
-        """Adds the classes and the size of the images."""
-        own = {"class_names": self.class_names, "img_size": self.img_size}
-        return {**super().metadata(datamodule), **own}
+        """Adds the size of the images."""
+        return {**super().metadata(datamodule), "img_size": self.img_size}
 
     def configure_callbacks(self) -> list[Callback]:
         """The confusion matrix of a test, and the table of a prediction."""
@@ -129,6 +117,16 @@ class ClassificationModule(TuningModule):
     def build(self) -> nn.Module:
         """Makes the timm model."""
         return backbones.create(self.backbone, self.weights, self.num_classes, self.img_size)
+
+    def plain_code(self) -> tuple[str, str]:
+        """A call of plain timm."""
+        options: dict[str, Any] = {"num_classes": self.num_classes}
+        if self.img_size is not None and hasattr(self.net, "set_input_size"):
+            options["img_size"] = self.img_size  # the position embeddings have this size
+        maker = f"timm.create_model({self.backbone!r}, "
+        if self.backbone == "convnext_shapes":  # timm knows the class, not this size of it
+            maker, options = "timm.models.ConvNeXt(", {**CONVNEXT_SHAPES, **options}
+        return "timm", maker + ", ".join(f"{key}={v!r}" for key, v in options.items()) + ")"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images that are uint8 or floats in [0, 1], not normalised."""
@@ -195,27 +193,3 @@ def _mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
     if not kinds:
         return None
     return v2.RandomChoice(kinds) if len(kinds) > 1 else kinds[0]
-
-
-def _check_length(name: str, values: Sequence[Any] | None, num_classes: int) -> None:
-    if values is not None and len(values) != num_classes:
-        raise ValueError(f"{name} has {len(values)} entries, and there are {num_classes} classes")
-
-
-def _class_names(given: list[str] | None, num_classes: int, adapter: str | None) -> list[str]:
-    """The names given, the saved adapter's, or numbers; raises if the first two differ."""
-    saved = None if adapter is None else read_config(adapter).get("metadata", {}).get("class_names")
-    if given is None and saved is not None and len(saved) == num_classes:
-        return saved
-    names = given or [str(i) for i in range(num_classes)]
-    if saved is not None and saved != names:
-        raise ValueError(
-            f"adapter {adapter} knows {_shown(saved)}, and the data has {_shown(names)}.\n"
-            "Use data with the adapter's classes in its order, or tune anew without an adapter"
-        )
-    return names
-
-
-def _shown(names: list[str]) -> str:
-    more = ", ..." if len(names) > 4 else ""
-    return f"{len(names)} classes ({', '.join(names[:4])}{more})"

@@ -103,6 +103,10 @@ class TuningModule(LightningModule):
         """Makes the network with its base weights, before any tuning."""
         raise NotImplementedError
 
+    def plain_code(self) -> tuple[str, str]:
+        """The imports and the expression that make the network which a merged file fits."""
+        raise NotImplementedError
+
     def configure_model(self) -> None:
         """Builds the network and puts the tuning or the saved adapter into it, once."""
         if self.net is not None:

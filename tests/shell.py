@@ -56,6 +56,22 @@ def make_photos(root: Path, classes: tuple[str, ...] = CLASSES, count: int = 4) 
     return root
 
 
+def make_masks(root: Path, count: int = 4) -> Path:
+    """Writes ``<split>/images`` and ``<split>/masks``: a disc of class 1 on class 0."""
+    noise = np.random.default_rng(0)
+    y, x = np.mgrid[:SIDE, : 2 * SIDE]
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for number in range(count):
+            mask = (np.hypot(y - SIDE / 2, x - noise.integers(8, 56)) < 10).astype(np.uint8)
+            pixels = noise.integers(0, 100, (*mask.shape, 3), dtype=np.uint8)
+            pixels[mask == 1] += 120
+            Image.fromarray(pixels).save(root / split / "images" / f"{number}.jpg")
+            Image.fromarray(mask).save(root / split / "masks" / f"{number}.png")
+    return root
+
+
 def make_base(path: Path, seed: int = 0) -> Path:
     """Writes weights of the small backbone."""
     with torch.random.fork_rng():

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from shell import litflora
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/engine.md", "docs/cli.md")
+PAGES = ("README.md", "docs/engine.md", "docs/cli.md", "docs/segmentation.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -27,6 +28,24 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found
     for block in found:
         exec(compile(block, page, "exec"), {"__name__": "example"})
+
+
+def test_a_data_set_of_ones_own_takes_a_file_and_a_recipe(tmp_path: Path, monkeypatch) -> None:
+    """As docs/segmentation.md walks through it."""
+    (tmp_path / "leaves.py").write_text(blocks("docs/segmentation.md", "python")[0])
+    (tmp_path / "leaves.yaml").write_text(blocks("docs/segmentation.md", "yaml")[0])
+    for split in ("train", "val"):
+        for kind, mode in (("photos", "RGB"), ("labels", "L")):
+            folder = tmp_path / "leaves" / kind / split
+            folder.mkdir(parents=True)
+            for name in ("a.png", "b.png"):
+                Image.new(mode, (40, 30), 1 if mode == "L" else (9, 99, 9)).save(folder / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    fit = litflora("fit", "--config", "leaves.yaml", "--trainer.accelerator", "cpu")
+    assert fit.code == 0, fit.err
+    assert "2 classes: healthy, ill" in fit.out
+    assert next(tmp_path.glob("runs/**/adapter")).is_dir()
 
 
 def test_the_example_of_the_engine_in_other_code(tmp_path: Path) -> None:

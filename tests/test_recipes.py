@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
-from shell import QUIET, litflora, make_photos
+from shell import QUIET, litflora, make_masks, make_photos
 
 from litflora.commands.recipes import ROOT, comment, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights is null")  # there is no hub to ask
 
 RECIPES = names()
+TASKS = ("classification/", "segmentation/")
 # What makes a run small, by the first part of the recipe's name. Tuning, trainer and logger
 # recipes are laid over the embedded data.
 ONE_BATCH = {
@@ -35,7 +36,7 @@ def options(settings):
 
 def base_of(name):
     """The recipes that make a whole with this one."""
-    whole = name == "quickstart" or name.startswith("classification/")
+    whole = name == "quickstart" or name.startswith(TASKS)
     return ["--config", name] if whole else ["--config", "classification/shapes", "--config", name]
 
 
@@ -81,7 +82,7 @@ def assert_holds(parsed, said):
             assert parsed[key] == value, key
 
 
-@pytest.mark.parametrize("name", ["quickstart", "classification/shapes"])
+@pytest.mark.parametrize("name", ["quickstart", "classification/shapes", "segmentation/shapes"])
 def test_embedded_recipe_runs(name, tmp_path):
     runs = {"trainer.default_root_dir": tmp_path, **ONE_BATCH, **SHAPES}
     fit = litflora("fit", "--config", name, *options(runs), *QUIET)
@@ -121,15 +122,18 @@ def test_recipe_for_photos_runs(name, tmp_path):
 
     torchvision's data sets are read in the tests of their datamodule; here folders stand in.
     """
-    photos = make_photos(tmp_path / "photos", count=2)
+    dense = name.startswith("segmentation/")
+    data, sides = ("MaskFolder", "crop_size") if dense else ("ImageFolder", "img_size")
+    photos = (make_masks if dense else make_photos)(tmp_path / "photos", count=2)
     backbone = settings_of(name).get("model", {}).get("init_args", {}).get("backbone", "")
     small = {"vit_small": "test_vit", "convnext_tiny": "test_convnext"}
     stand_in = [net for large, net in small.items() if backbone.startswith(large)]
     folders = {
         **({"model.init_args.backbone": stand_in[0]} if stand_in else {}),
-        "data": "litflora.datamodules.ImageFolderDataModule",
+        "data": f"litflora.datamodules.{data}DataModule",
         "data.init_args.root": photos,
-        "data.init_args.img_size": 64,
+        f"data.init_args.{sides}": 64,
+        **({"data.init_args.class_names": "[ground, disc]"} if dense else {}),
         "data.init_args.num_workers": 0,
         "model.init_args.weights": "null",
         "trainer.default_root_dir": tmp_path,
@@ -152,6 +156,18 @@ def test_the_promised_recipes_are_there():
     promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
     promised |= {f"trainer/{kind}" for kind in ("cpu", "gpu", "debug")}
     assert promised <= set(RECIPES)
+
+
+def test_every_dataset_of_masks_has_a_recipe_for_either_family():
+    from litflora import datamodules
+    from litflora.datamodules.mask_files import MaskFilesDataModule
+
+    classes = {name for name in datamodules.__all__ if "DataModule" in name}
+    masks = {n for n in classes if issubclass(getattr(datamodules, n), MaskFilesDataModule)}
+    for family in ("vit", "convnext"):
+        found = [n for n in RECIPES if n.startswith("segmentation/") and f"_{family}_" in n]
+        told = {settings_of(name)["data"]["class_path"].rpartition(".")[2] for name in found}
+        assert told == masks
 
 
 def test_every_dataset_has_a_recipe():

@@ -43,9 +43,16 @@ def create(
         FileNotFoundError: If the weights file does not exist.
         ValueError: If the name, the size or the weights cannot be used.
     """
-    _check_name(name)
+    check_name(name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    return build(name, weights, num_classes, img_size)
+
+
+def build(
+    name: str, weights: str | None, num_classes: int, img_size: int | tuple[int, int] | None
+) -> nn.Module:
+    """Builds what `create` does, also without a classifier or for images of height and width."""
     net = _load(name, weights, num_classes, _size_options(name, img_size))
     _call_qkv(net)
     return net
@@ -72,7 +79,8 @@ def normalization(net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(config["mean"]), tuple(config["std"])
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises unless timm knows a model of this name, and its tag."""
     if name.startswith(OUTSIDE):
         return
     architecture, tag = split_model_name_tag(name)
@@ -89,30 +97,33 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{architecture} has no pretrained tag {tag!r}: it has {_listed(near)}")
 
 
-def _size_options(name: str, img_size: int | None) -> dict[str, Any]:
+def _size_options(name: str, img_size: int | tuple[int, int] | None) -> dict[str, Any]:
     """What makes the model take images of this size, after checking that it can."""
-    net = _without_weights(name)
+    net = without_weights(name)
     options: dict[str, Any] = {}
     if _takes(net, "dynamic_img_size"):
         options["dynamic_img_size"] = True  # then any multiple of the patch works at inference
     if img_size is None:
         return options
+    sides = (img_size,) if isinstance(img_size, int) else img_size
     if not _takes(net, "img_size"):
         smallest = net.feature_info[-1]["reduction"]
-        if img_size < smallest:
+        if min(sides) < smallest:
             raise ValueError(f"img_size {img_size} is too small for {name}: at least {smallest}")
         return options
     patch = net.patch_embed.patch_size[0]
-    if img_size < patch or img_size % patch:
-        below = max(img_size // patch, 1) * patch
-        raise ValueError(
-            f"img_size {img_size} is not a multiple of the patch size {patch} of {name}: "
-            f"use {below} or {below + patch}"
-        )
+    for side in sides:
+        if side < patch or side % patch:
+            below = max(side // patch, 1) * patch
+            raise ValueError(
+                f"img_size {side} is not a multiple of the patch size {patch} of {name}: "
+                f"use {below} or {below + patch}"
+            )
     return {**options, "img_size": img_size}
 
 
-def _without_weights(name: str) -> nn.Module:
+def without_weights(name: str) -> nn.Module:
+    """The model on the meta device, where it takes neither memory nor time to fill."""
     try:
         with torch.device("meta"):
             return timm.create_model(name)
@@ -164,7 +175,7 @@ def _from_file(name: str, path: Path, num_classes: int, options: dict[str, Any])
 
 def _new_classifier(net: nn.Module, num_classes: int) -> None:
     net.reset_classifier(num_classes)
-    for head in classifier_names(net):
+    for head in classifier_names(net) if num_classes else ():
         layer = net.get_submodule(head)
         if isinstance(layer, nn.Linear):  # as timm starts the heads of its ConvNeXts and ViTs
             nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -1,9 +1,21 @@
 """Lightning callbacks: what a run leaves behind, and how it shows its progress."""
 
 from .adapter_folder import AdapterFolder
+from .class_table import ClassTable
 from .confusion import ConfusionMatrix
+from .gallery import Gallery
+from .masks import MaskWriter
 from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
 
-__all__ = ["AdapterFolder", "ConfusionMatrix", "Opening", "PredictionWriter", "RateProgressBar"]
+__all__ = [
+    "AdapterFolder",
+    "ClassTable",
+    "ConfusionMatrix",
+    "Gallery",
+    "MaskWriter",
+    "Opening",
+    "PredictionWriter",
+    "RateProgressBar",
+]

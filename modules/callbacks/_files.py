@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
+
+from ..adapters.replacing import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def log_dir(trainer: Trainer) -> Path:
     """The run's folder; must be called on all ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def publish(trainer: Trainer, figure: Figure, path: Path, tag: str) -> None:
+    """Writes a figure, and shows it to every logger that takes figures or images."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):  # Weights & Biases and its like
+            logger.log_image(tag, [str(path)])
+        elif hasattr(logger.experiment, "add_figure"):  # TensorBoard
+            logger.experiment.add_figure(tag, figure, trainer.global_step)

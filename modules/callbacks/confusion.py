@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..adapters.replacing import replacing
-from ._files import log_dir
+from ._files import log_dir, publish
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,14 +52,7 @@ class ConfusionMatrix(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero or find_spec("matplotlib") is None:
             return
         figure = draw(counts, pl_module.class_names)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, bbox_inches="tight")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # Weights & Biases and its like
-                logger.log_image("test/confusion_matrix", [str(path)])
-            elif hasattr(logger.experiment, "add_figure"):  # TensorBoard
-                step = trainer.global_step
-                logger.experiment.add_figure("test/confusion_matrix", figure, step)
+        publish(trainer, figure, path, "test/confusion_matrix")
 
 
 def draw(counts: Tensor, names: list[str]) -> Figure:

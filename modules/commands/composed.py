@@ -46,8 +46,10 @@ def blank(model: TuningModule, data: dict[str, Any]) -> Tensor:
     """A batch of blank images, as large as the data's, normalised."""
     import torch
 
-    size = data.get("img_size") or model.img_size or model.net.pretrained_cfg["input_size"][-1]
-    return model.normalize(torch.zeros(data.get("batch_size", 1), 3, size, size))
+    named = data.get("crop_size") or data.get("img_size") or model.img_size
+    size = named or model.net.pretrained_cfg["input_size"][-1]
+    sides = (size, size) if isinstance(size, int) else size
+    return model.normalize(torch.zeros(data.get("batch_size", 1), 3, *sides))
 
 
 def pixels(images: Tensor) -> str:

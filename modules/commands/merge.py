@@ -1,14 +1,14 @@
-"""`litflora merge`: an adapter and its base as one file that plain timm loads."""
+"""`litflora merge`: an adapter and its base as one file, without a trace of adapters."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..classification import ClassificationModule
+    from ..classes import ClassesModule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
     state = {key: value.contiguous() for key, value in module.net.state_dict().items()}
     with replacing(args.out) as temporary:
         temporary.write_bytes(save(state, metadata=_header(module)))
-    print(f"{report}\n{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, loads without litflora:")
-    print("    import safetensors.torch, timm")
-    print(f"    {_call(module)}.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
+    imports, made = module.plain_code()
+    print(f"{report}\n{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, loads so:")
+    print(f"    import safetensors.torch, {imports}")
+    print(f"    {made}.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
 
 
-def _header(module: ClassificationModule) -> dict[str, str]:
+def _header(module: ClassesModule) -> dict[str, str]:
     """What a person needs to use the weights; safetensors keeps strings only."""
     return {
         "format": "pt",
@@ -55,16 +56,3 @@ def _header(module: ClassificationModule) -> dict[str, str]:
         "mean": json.dumps(module.mean.flatten().tolist()),
         "std": json.dumps(module.std.flatten().tolist()),
     }
-
-
-def _call(module: ClassificationModule) -> str:
-    """The call of plain timm that makes the network which the file fits."""
-    options: dict[str, Any] = {"num_classes": module.num_classes}
-    if module.img_size is not None and hasattr(module.net, "set_input_size"):
-        options["img_size"] = module.img_size  # the position embeddings have this size
-    maker = f"timm.create_model({module.backbone!r}, "
-    if module.backbone == "convnext_shapes":  # timm knows the class, not this size of it
-        from ..backbones.embedded import CONVNEXT_SHAPES
-
-        maker, options = "timm.models.ConvNeXt(", {**CONVNEXT_SHAPES, **options}
-    return maker + ", ".join(f"{key}={value!r}" for key, value in options.items()) + ")"

@@ -37,14 +37,15 @@ _TOP_LEVEL = ("config", "trainer", "model", "data", "adapter", "ckpt_path", "see
 
 
 def explain(error: BaseException) -> str | None:
-    """What a person got wrong, in at most three lines; None if the error is a bug."""
+    """What a person got wrong, in a few lines; None if the error is a bug."""
     chain = list(_causes(error))
     if isinstance(error, argparse.ArgumentError):
         return _clip(_parsing(chain))
     for each in chain:
         said = _said(each)
         if said is not None:
-            return _clip(said)
+            own = _origin(each).startswith("litflora")
+            return _clip(said, 12 if own else 3)  # a check of files lists those at fault
         if not _origin(each).startswith("jsonargparse"):  # it wraps what a constructor raises
             return None
     return None
@@ -88,8 +89,8 @@ def _files() -> set[str]:
     }
 
 
-def _clip(message: str) -> str:
-    lines = [line for line in message.strip().splitlines() if line.strip()][:3]
+def _clip(message: str, most: int = 3) -> str:
+    lines = [line for line in message.strip().splitlines() if line.strip()][:most]
     return "\n".join(textwrap.shorten(line, 300, placeholder=" ...") for line in lines)
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from .. import classification, datamodules
+from .. import classification, datamodules, segmentation
 from ..module import TuningModule
 from . import recipes
 from .mistakes import explain
@@ -28,6 +28,7 @@ from .mistakes import explain
 # jsonargparse knows a class by its short name once it has been imported.
 SHORT_NAMES = (
     classification.ClassificationModule,
+    segmentation.SegmentationModule,
     *(getattr(datamodules, name) for name in datamodules.__all__),
 )
 

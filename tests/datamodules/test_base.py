@@ -187,3 +187,9 @@ def test_workers_are_no_more_than_processors(monkeypatch: pytest.MonkeyPatch) ->
     data = ShapesDataModule(num_workers=8)
     data.setup("test")
     assert data.test_dataloader().num_workers == 3
+
+
+def test_a_plain_loop_over_samples_ends():
+    data = ShapesDataModule(train_samples=3, val_samples=1, test_samples=1, img_size=8)
+    data.setup("fit")
+    assert [name for _, _, name in data.datasets["train"]] == [f"train/{i:05d}" for i in range(3)]

@@ -1,0 +1,74 @@
+"""Semantic segmentation: what all its datamodules share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import TuningDataModule, check_at_least
+from .dense import DenseSample
+from .masks import Color, Legend
+
+
+class SegmentationDataModule(TuningDataModule):
+    """Loaders over the `DenseSamples` that a subclass gives for each split.
+
+    Training batches are (images [N, 3, h, w], masks [N, h, w]). Images to validate, test or predict
+    keep their own sizes: batches are (list of images [3, H, W], list of masks [H, W]), when
+    predicting (list of images, list of names). Images are uint8 and not normalised. Masks are
+    int64: 0 to num_classes - 1, and `masks.IGNORE` (255) where no class is known.
+
+    Args:
+        batch_size: Samples in a training batch of one process.
+        eval_batch_size: Samples in any other batch.
+        num_workers: Processes that load; they change the speed and never the batches.
+        seed: Decides all that is random in the data.
+
+    Attributes:
+        legend: The classes, and what stands for them in masks; a subclass sets it.
+        crop_size: Height and width of training images in pixels.
+        augment: Whether training images are changed at random.
+    """
+
+    whole_batches = True  # decoders normalise by the batch, and some cannot by one of one image
+    legend: Legend
+    crop_size: tuple[int, int]
+    augment: bool
+
+    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        check_at_least("eval_batch_size", eval_batch_size, 1)
+        self.eval_batch_size = eval_batch_size
+        self.class_names = list(self.legend.names)
+
+    @property
+    def palette(self) -> list[Color]:
+        """A colour (red, green, blue) of each class to show it in."""
+        return list(self.legend.palette)
+
+    def collate(self, name: str) -> Callable[[list[DenseSample]], Any]:
+        """Stacks training samples and lists all others."""
+        return {"train": stacked, "predict": listed_names}.get(name, listed)
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.eval_batch_size
+
+
+def stacked(batch: list[DenseSample]) -> tuple[Tensor, Tensor]:
+    """Collate samples of one size to (images [N, 3, h, w], masks [N, h, w])."""
+    images, masks, _ = zip(*batch, strict=True)
+    return torch.stack(images), torch.stack(masks)
+
+
+def listed(batch: list[DenseSample]) -> tuple[list[Tensor], list[Tensor]]:
+    """Collate samples of any sizes to (list of images, list of masks)."""
+    images, masks, _ = zip(*batch, strict=True)
+    return list(images), list(masks)
+
+
+def listed_names(batch: list[DenseSample]) -> tuple[list[Tensor], list[str]]:
+    """Collate samples of any sizes to (list of images, list of names), for prediction."""
+    images, _, names = zip(*batch, strict=True)
+    return list(images), list(names)

@@ -1,0 +1,120 @@
+"""Transforms of images together with their masks and boxes, for every dense task.
+
+They take samples of torchvision's tv_tensors, as (image, mask) or (image, {"boxes": ..., ...}).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .masks import IGNORE
+
+# Padding of an image: the mean of ImageNet's photos, which a backbone's normalisation takes to
+# about zero.
+MEAN_COLOR = [124, 116, 104]
+# How far colours are changed, each with probability 1/2 (Liu et al., SSD, arXiv 1512.02325).
+DISTORTION = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
+
+
+class ScaleJitter(v2.Transform):
+    """Resizes to a random multiple of the scale at which the image just fits a size.
+
+    The range (0.1, 2.0) is large-scale jitter (Ghiasi et al., arXiv 2012.07177). torchvision's
+    class of this name resizes masks by "nearest", which moves them by up to half a pixel against
+    the image; "nearest-exact" does not.
+
+    Args:
+        size: Height and width that scale 1 fits into.
+        scale_range: Least and greatest scale.
+    """
+
+    def __init__(self, size: tuple[int, int], scale_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.size = size
+        self.scale_range = scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size that comes out."""
+        height, width = v2.query_size(flat_inputs)
+        fit = min(self.size[0] / height, self.size[1] / width)
+        scale = fit * torch.empty(()).uniform_(*self.scale_range).item()
+        return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize a part of the sample: images bilinear and antialiased."""
+        if not isinstance(inpt, tv_tensors.Mask):
+            return v2.functional.resize(inpt, params["size"], antialias=True)
+        resized = v2.functional.resize(
+            inpt.as_subclass(Tensor)[None],
+            params["size"],
+            interpolation=v2.InterpolationMode.NEAREST_EXACT,
+        )
+        return tv_tensors.wrap(resized[0], like=inpt)
+
+
+class PadTo(v2.Transform):
+    """Pads on the right and below what is smaller than a size.
+
+    Args:
+        size: Least height and width.
+        mask_fill: Value of the masks there.
+    """
+
+    def __init__(self, size: tuple[int, int], mask_fill: int = IGNORE) -> None:
+        super().__init__()
+        self.size = size
+        self.fill: dict[type, Any] = {tv_tensors.Image: MEAN_COLOR, tv_tensors.Mask: mask_fill}
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Find how much is missing."""
+        height, width = v2.query_size(flat_inputs)
+        return {"padding": [0, 0, max(0, self.size[1] - width), max(0, self.size[0] - height)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Pad a part of the sample."""
+        return v2.functional.pad(inpt, params["padding"], fill=self.fill.get(type(inpt)))
+
+
+def random_crop(
+    size: tuple[int, int],
+    scale_range: tuple[float, float] = (0.5, 2.0),
+    photometric: bool = True,
+    mask_fill: int = IGNORE,
+    boxes: bool = False,
+) -> v2.Compose:
+    """The augmentation of dense tasks: scale jitter, crop, mirroring, changed colours.
+
+    Args:
+        size: Height and width that come out, in pixels; what lacks is padded.
+        scale_range: Scales drawn from; at 1 the image just fits `size`.
+        photometric: Change brightness, contrast, saturation and hue.
+        mask_fill: Value of masks in the padding; 0 for masks of single objects.
+        boxes: Samples have boxes with labels: cut off what left the crop, drop what is all out.
+    """
+    distortion = [
+        v2.RandomApply([v2.ColorJitter(**{kind: amount})]) for kind, amount in DISTORTION.items()
+    ]
+    return v2.Compose(
+        [
+            ScaleJitter(size, scale_range),
+            PadTo(size, mask_fill),
+            v2.RandomCrop(size),
+            v2.RandomHorizontalFlip(),
+            *(distortion if photometric else []),
+            *([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()] if boxes else []),
+        ]
+    )
+
+
+def whole_image(size: tuple[int, int], mask_fill: int = IGNORE) -> v2.Compose:
+    """The image as large as fits a size, padded to it: for training without augmentation."""
+    return v2.Compose([ScaleJitter(size, (1.0, 1.0)), PadTo(size, mask_fill)])
+
+
+def to_tensors() -> v2.Compose:
+    """Plain tensors: images stay uint8 [3, height, width], masks become int64."""
+    as_int64 = v2.ToDtype({tv_tensors.Mask: torch.int64, "others": None})
+    return v2.Compose([as_int64, v2.ToPureTensor()])

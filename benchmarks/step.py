@@ -91,7 +91,8 @@ def layer_table(args: argparse.Namespace) -> tuple[str, str]:
     """The name of its file, and the text."""
     where = about("cpu", "float32", args.repetitions)
     text = shapes.table(shapes.named(args.layers), args.repetitions)
-    return "layers_cpu", f"forward and backward relative to full tuning, {where}\n\n{text}"
+    name = "".join(c if c.isalnum() else "_" for c in f"layers_{args.layers}".rstrip("_"))
+    return f"{name}_cpu", f"forward and backward relative to full tuning, {where}\n\n{text}"
 
 
 def title(args: argparse.Namespace, model: Model) -> str:

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .masks import Legend, Pair, read_mask, read_pair
 from .samplers import RepeatFactorSampler, repeat_factors
 from .segmentation import SegmentationDataModule
 from .splits import hold_out
-from .transforms import random_crop, to_tensors, whole_image
+from .transforms import middle, random_crop, to_tensors
 
 
 @dataclass
@@ -54,10 +55,10 @@ class MaskFilesDataModule(SegmentationDataModule):
         num_workers: Processes that load; they change the speed and never the batches.
         seed: Decides a held out split, order and augmentation.
         val_fraction: Share of the training images held out if there is no validation split.
-        augment: Scale, crop, mirror and recolour training images at random. Without it they are
-            resized to fit `crop_size`, and padded.
-        scale_range: Scales that augmentation draws from; at 1 the image just fits `crop_size`, and
-            0.1 to 2 is large-scale jitter.
+        augment: Scale, crop, mirror and recolour training images at random. Without it their
+            middle is cut out.
+        scale_range: Scales that augmentation draws from; at 1 an image has its own size, which it
+            has in evaluation, too.
         photometric: Let augmentation change brightness, contrast, saturation and hue.
         class_balanced: Show training images of rare classes more often, which makes the epoch
             longer. Reads all training masks once.
@@ -146,15 +147,19 @@ class MaskFilesDataModule(SegmentationDataModule):
 
     def _train_transform(self) -> Callable[[Any], Any]:
         if not self.augment:
-            return v2.Compose([whole_image(self.crop_size), to_tensors()])
+            return v2.Compose([middle(self.crop_size), to_tensors()])
         crop = random_crop(self.crop_size, self.scale_range, self.photometric)
         return v2.Compose([crop, to_tensors()])
 
     def _sampler(self, options: dict[str, Any]) -> DistributedSampler[int]:
         if not self.class_balanced:
             return super()._sampler(options)
+        return RepeatFactorSampler(self._repeats, **options)
+
+    @cached_property
+    def _repeats(self) -> NDArray[np.floating]:
         present = classes_present(self.datasets["train"].pairs.paths, self.legend)
-        return RepeatFactorSampler(repeat_factors(present, self.balance_threshold), **options)
+        return repeat_factors(present, self.balance_threshold)
 
 
 def check_pairs(paths: Sequence[Pair], legend: Legend) -> None:

@@ -148,9 +148,10 @@ def _by_stem(folder: Path, end: str) -> dict[str, Path]:
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem.endswith(end):
+            stem = stem.removesuffix(end)
             if stem in files:
                 raise ValueError(f"{files[stem]} and {path} have one name; remove one")
-            files[stem.removesuffix(end)] = path
+            files[stem] = path
     if not files:
         raise FileNotFoundError(
             f"found no {end or 'image'} files below {folder} "

@@ -20,27 +20,29 @@ DISTORTION = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.
 
 
 class ScaleJitter(v2.Transform):
-    """Resizes to a random multiple of the scale at which the image just fits a size.
+    """Resizes to a random multiple of the image's own size, or of that which just fits a size.
 
-    The range (0.1, 2.0) is large-scale jitter (Ghiasi et al., arXiv 2012.07177). torchvision's
-    class of this name resizes masks by "nearest", which moves them by up to half a pixel against
-    the image; "nearest-exact" does not.
+    torchvision's class of this name resizes masks by "nearest", which moves them by up to half a
+    pixel against the image; "nearest-exact" does not.
 
     Args:
-        size: Height and width that scale 1 fits into.
         scale_range: Least and greatest scale.
+        fit: Height and width that scale 1 fits into; None is the image's own. With a range of
+            (0.1, 2.0) this is large-scale jitter (Ghiasi et al., arXiv 2012.07177).
     """
 
-    def __init__(self, size: tuple[int, int], scale_range: tuple[float, float]) -> None:
+    def __init__(
+        self, scale_range: tuple[float, float], fit: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.size = size
+        self.fit = fit
         self.scale_range = scale_range
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the size that comes out."""
         height, width = v2.query_size(flat_inputs)
-        fit = min(self.size[0] / height, self.size[1] / width)
-        scale = fit * torch.empty(()).uniform_(*self.scale_range).item()
+        unit = min(self.fit[0] / height, self.fit[1] / width) if self.fit else 1.0
+        scale = unit * torch.empty(()).uniform_(*self.scale_range).item()
         return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -89,7 +91,7 @@ def random_crop(
 
     Args:
         size: Height and width that come out, in pixels; what lacks is padded.
-        scale_range: Scales drawn from; at 1 the image just fits `size`.
+        scale_range: Scales drawn from; at 1 the image has its own size.
         photometric: Change brightness, contrast, saturation and hue.
         mask_fill: Value of masks in the padding; 0 for masks of single objects.
         boxes: Samples have boxes with labels: cut off what left the crop, drop what is all out.
@@ -99,7 +101,7 @@ def random_crop(
     ]
     return v2.Compose(
         [
-            ScaleJitter(size, scale_range),
+            ScaleJitter(scale_range),
             PadTo(size, mask_fill),
             v2.RandomCrop(size),
             v2.RandomHorizontalFlip(),
@@ -109,9 +111,9 @@ def random_crop(
     )
 
 
-def whole_image(size: tuple[int, int], mask_fill: int = IGNORE) -> v2.Compose:
-    """The image as large as fits a size, padded to it: for training without augmentation."""
-    return v2.Compose([ScaleJitter(size, (1.0, 1.0)), PadTo(size, mask_fill)])
+def middle(size: tuple[int, int]) -> v2.Compose:
+    """The image's middle at its own scale, padded to a size: for training without augmentation."""
+    return v2.Compose([PadTo(size), v2.CenterCrop(size)])
 
 
 def to_tensors() -> v2.Compose:

@@ -40,9 +40,16 @@ class ClassesModule(TuningModule):
         self.class_names = _class_names(class_names, num_classes, adapter)
 
     def setup(self, stage: str) -> None:
-        """Takes the names of the classes again: a first download is what brings some data's."""
+        """Takes the data's names where there are numbers so far.
+
+        None may have been given, and some data know theirs only after the first download.
+        """
         names = getattr(self.trainer.datamodule, "class_names", None)
-        if self.class_names == [f"class {i}" for i in range(self.num_classes)] and names:
+        unnamed = (
+            [str(i) for i in range(self.num_classes)],
+            [f"class {i}" for i in range(self.num_classes)],
+        )
+        if self.class_names in unnamed and names and len(names) == self.num_classes:
             self.class_names = self.hparams["class_names"] = list(names)
 
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:

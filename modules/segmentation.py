@@ -63,7 +63,7 @@ class SegmentationModule(ClassesModule):
             class_names: Names of the classes, in order; the command line takes them from the data.
             weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None.
             head: The decoder: linear, unet, fpn, upernet, segformer, dpt or deeplabv3plus.
-            head_width: Channels that the decoder works in.
+            head_width: Channels that the decoder works in, and a plain ViT's pyramid.
             tuning: What is trained of the backbone; None is ``FLoRA()``. If it names no targets,
                 the layers that suit the backbone are adapted. The head always trains.
             img_size: Side, or height and width, of the training images in pixels; None is the
@@ -109,9 +109,10 @@ class SegmentationModule(ClassesModule):
 
     def build(self) -> nn.Module:
         """Makes the backbone's pyramid and the head on it."""
-        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, self.blocks)
+        width = self.head_width
+        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, self.blocks, width)
         maps = pyramid.channels, pyramid.strides
-        head = create_head(self.head, *maps, self.num_classes, self.head_width)
+        head = create_head(self.head, *maps, self.num_classes, width)
         return SegmentationNet(pyramid, head)
 
     def plain_code(self) -> tuple[str, str]:
@@ -129,7 +130,9 @@ class SegmentationModule(ClassesModule):
 
     def segment(self, image: Tensor) -> Tensor:
         """Class ids ``[H, W]`` of one image ``[3, H, W]`` of any size; call ``eval()`` before."""
-        return self.inference(self, image)
+        assert self.net is not None, "call configure_model() first"
+        # Normalised first: an inference pads with zeros, the mean colour that training pads with.
+        return self.inference(self.net, self.normalize(image[None])[0])
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The loss of a batch of crops."""

@@ -97,8 +97,7 @@ class SlidingWindow(Inference):
     A window's weight falls as a raised cosine towards its borders, and the weights at a pixel sum
     to 1. The last windows of a row and of a column are moved inside the image; an image smaller
     than a window is filled with zeros on its right and below. Scores are kept for one row of
-    windows only: at most 1.5 times ``C x window x W`` numbers at an overlap of a half, beside the
-    scores of two batches.
+    windows only: at most twice ``C x window x W`` numbers, beside the scores of two batches.
 
     Attributes:
         window: Side, or height and width, of a window in pixels.

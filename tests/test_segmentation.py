@@ -18,7 +18,7 @@ from litflora.callbacks import AdapterFolder, Gallery
 from litflora.callbacks.gallery import coloured
 from litflora.datamodules import ShapesSegmentationDataModule
 from litflora.module import from_adapter
-from litflora.windows import SlidingWindow
+from litflora.windows import SlidingWindow, Whole
 
 SIZE = 32
 
@@ -44,6 +44,13 @@ def fitted(tmp_path_factory):
     run = trainer(folder, callbacks=[AdapterFolder()])
     run.fit(tuned, data)
     return tuned.eval(), folder, data, run
+
+
+def test_names_are_the_datas_if_none_are_given(tmp_path):
+    tuned, data = SegmentationModule("convnext_shapes", 11, weights=None, head="linear"), scenes(4)
+    with pytest.warns(UserWarning, match="weights is null"):
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(tuned, data)
+    assert tuned.class_names == data.class_names
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -167,8 +174,8 @@ def test_with_data_of_somebody_else(tmp_path):
     assert not (tmp_path / "gallery").exists()
     run.predict(tuned, datamodule=Plain(), return_predictions=False)
     written = sorted(file.name for file in (tmp_path / "predictions").iterdir())
-    assert written == ["a.png", "a.png.png"]
-    assert Image.open(tmp_path / "predictions" / "a.png").size == (30, 20)
+    assert written == ["a.jpg.png", "a.png.png"]
+    assert Image.open(tmp_path / "predictions" / "a.jpg.png").size == (30, 20)
 
 
 def test_predicted_masks_are_palette_pictures_of_class_ids(fitted, tmp_path):
@@ -182,9 +189,9 @@ def test_predicted_masks_are_palette_pictures_of_class_ids(fitted, tmp_path):
     loader = DataLoader([(image, str(photos / "one.png"))], collate_fn=_listed)
     run.predict(tuned, loader, return_predictions=False)
     tuned.eval()
-    mask = Image.open(tmp_path / "run" / "predictions" / "one.png")
+    mask = Image.open(tmp_path / "run" / "predictions" / "one.png.png")
     assert mask.mode == "P"
-    assert torch.equal(torch.from_numpy(np.asarray(mask)).long(), tuned.segment(image))
+    assert torch.equal(torch.tensor(np.asarray(mask)).long(), tuned.segment(image))
 
 
 def _listed(batch):
@@ -195,8 +202,11 @@ def _listed(batch):
 def test_a_window_over_the_whole_image_changes_nothing(fitted):
     tuned, _, data, _ = fitted
     image = data.datasets["val"][0][0]
-    whole = tuned.inference(tuned, image)
-    assert torch.equal(SlidingWindow(SIZE)(tuned, image), whole)
+    whole = tuned.segment(image)
+    tuned.inference = SlidingWindow(SIZE)
+    assert torch.equal(tuned.segment(image), whole)
+    assert torch.equal(whole, tuned(image[None])[0].argmax(0))
+    tuned.inference = Whole()
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])

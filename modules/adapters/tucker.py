@@ -17,7 +17,7 @@ def expand(core: Tensor, factors: Factors) -> Tensor:
     """Multiplies the core by its factors.
 
     Args:
-        core: Tensor of shape ``[J_1, ..., J_N]``.
+        core: Tensor of shape ``[J_1, ..., J_N]``, of two modes or more.
         factors: One ``[I_n, J_n]`` matrix or ``None`` for each mode.
 
     Returns:
@@ -42,7 +42,7 @@ def expand(core: Tensor, factors: Factors) -> Tensor:
 
 
 def _growth(factor: Tensor) -> float:
-    return factor.shape[0] / factor.shape[1]
+    return factor.shape[0] / max(1, factor.shape[1])
 
 
 def _widened(core: Tensor, ranks: Sequence[int], factors: Factors) -> Tensor:

@@ -16,18 +16,16 @@ from ._files import log_dir
 
 
 class MaskWriter(Callback):
-    """Writes ``predictions/<image>.png`` into the log folder, a mask for each image.
+    """Writes ``predictions/<image>.png`` into the log folder: ``a.jpg.png`` is the mask of a.jpg.
 
-    A mask is a palette PNG of the image's own size: its values are class ids, and a viewer shows
-    them in the data's colours. Folders below ``predict_root`` are kept.
+    A mask is a palette PNG of the image's own size. Its values are the classes' places in
+    ``class_names``, from 0, whatever ids the data's own masks have; a viewer shows the data's
+    colours. Folders below ``predict_root``, or else below the data's ``root``, are kept.
     """
 
-    def __init__(self) -> None:
-        self.written: set[Path] = set()
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets earlier predictions."""
-        self.written = set()
+        """Finds the folder, which all processes have to do together."""
+        self.folder = log_dir(trainer) / "predictions"
 
     def on_predict_batch_end(
         self,
@@ -39,26 +37,19 @@ class MaskWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the masks of a batch."""
-        folder, data = log_dir(trainer) / "predictions", trainer.datamodule
-        root, palette = getattr(data, "predict_root", None), getattr(data, "palette", [])
+        data = trainer.datamodule
+        root = getattr(data, "predict_root", None) or getattr(data, "root", None)
+        palette = getattr(data, "palette", [])
         if trainer.fast_dev_run:
             return
         for name, ids in zip(outputs["names"], outputs["ids"], strict=True):
-            path = folder / self._free(_relative(name, root))
-            with replacing(path) as temporary:
+            with replacing(self.folder / f"{_relative(name, root)}.png") as temporary:
                 picture(ids, palette).save(temporary)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says where the masks are."""
-        if self.written and trainer.is_global_zero:
-            print(f"masks are in {log_dir(trainer) / 'predictions'}")
-
-    def _free(self, name: Path) -> Path:
-        """The name of an image's mask: ``a.jpg`` and ``a.png`` may lie in one folder."""
-        short = name.with_suffix(".png")
-        path = name.with_name(f"{name.name}.png") if short in self.written else short
-        self.written.add(path)
-        return path
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            print(f"masks are in {self.folder}")
 
 
 def picture(ids: Tensor, palette: list[tuple[int, int, int]]) -> Image.Image:
@@ -69,7 +60,7 @@ def picture(ids: Tensor, palette: list[tuple[int, int, int]]) -> Image.Image:
     return image
 
 
-def _relative(name: str, root: str | None) -> Path:
+def _relative(name: str, root: str | Path | None) -> Path:
     """A name inside ``root``, or the last part of any other."""
     inside = root is not None and Path(name).is_relative_to(root)
     return Path(os.path.relpath(name, root)) if inside else Path(Path(name).name)

@@ -51,7 +51,7 @@ def _header(module: ClassesModule) -> dict[str, str]:
     """What a person needs to use the weights; safetensors keeps strings only."""
     return {
         "format": "pt",
-        "architecture": module.backbone,
+        "code": module.plain_code()[1],
         "class_names": json.dumps(module.class_names),
         "mean": json.dumps(module.mean.flatten().tolist()),
         "std": json.dumps(module.std.flatten().tolist()),

@@ -27,9 +27,13 @@ _CLASS = re.compile(
 _UNKNOWN = re.compile(r"(?:option|arguments:) '?(?:--)?([\w.]+)|Option '([\w.]+)' is not accepted")
 _WORKER = re.compile(r'Caught (\w+) in DataLoader worker.*File "(.*?)".*\n\1: (.*)', re.S)
 _PLACES = {
-    "model.init_args": ("ClassificationModule",),
+    "model.init_args": ("ClassificationModule", "SegmentationModule"),
     "model.init_args.tuning.init_args": ("FLoRA", "LoRA"),
-    "data.init_args": ("datamodules.ImageFolderDataModule", "datamodules.VisionDataModule"),
+    "data.init_args": (
+        "datamodules.ImageFolderDataModule",
+        "datamodules.VisionDataModule",
+        "datamodules.MaskFolderDataModule",
+    ),
 }
 # What Lightning leaves out.
 _REMEDIES = {"No supported gpu backend found!": " Use --trainer.accelerator cpu"}

@@ -10,9 +10,9 @@ from litflora.datamodules.masks import IGNORE
 from litflora.datamodules.transforms import (
     MEAN_COLOR,
     ScaleJitter,
+    middle,
     random_crop,
     to_tensors,
-    whole_image,
 )
 
 SHADE = 40  # an image's colour is SHADE times the class below it
@@ -64,7 +64,7 @@ def test_resizing_moves_no_edge(scale: float, edge: int) -> None:
     sample = tv_tensors.Image((mask * 200).expand(3, -1, -1)), tv_tensors.Mask(mask)
     flat = tv_tensors.Image(sample[0].mT), tv_tensors.Mask(mask.T)
     for pair in (sample, flat):
-        image, resized = ScaleJitter((100, 100), (scale, scale))(pair)
+        image, resized = ScaleJitter((scale, scale))(pair)
         tie = image[0] == 100
         assert torch.equal((image[0] > 100)[~tie], (resized == 1)[~tie])
         assert tie.float().mean() < 0.1
@@ -72,18 +72,21 @@ def test_resizing_moves_no_edge(scale: float, edge: int) -> None:
 
 def test_resizing_keeps_thin_images() -> None:
     sample = tv_tensors.Image(torch.zeros(3, 400, 2, dtype=torch.uint8))
-    assert ScaleJitter((50, 50), (0.1, 0.1))(sample).shape == (3, 5, 1)
+    assert ScaleJitter((0.1, 0.1), fit=(50, 50))(sample).shape == (3, 5, 1)
 
 
-def test_a_scale_of_one_just_fits() -> None:
-    image, mask = whole_image((64, 200))(blocks(96, 120))
+def test_scale_one_is_the_images_own_or_fits() -> None:
+    sample = blocks(96, 120)
+    assert torch.equal(ScaleJitter((1.0, 1.0))(sample)[0], sample[0])
+    assert ScaleJitter((1.0, 1.0), fit=(64, 200))(sample)[1].shape == (64, 80)
+
+
+def test_the_middle_has_the_images_own_scale() -> None:
+    sample = blocks(96, 120)
+    image, mask = middle((64, 200))(sample)
     assert image.shape == (3, 64, 200)
-    assert (mask[:, 80:] == IGNORE).all()
-    assert (mask[:, :80] != IGNORE).all()
-    again, _ = whole_image((64, 200))(
-        (tv_tensors.Image(image[:, :, :80]), tv_tensors.Mask(mask[:, :80]))
-    )
-    assert torch.equal(image, again)
+    assert torch.equal(image[..., :120], sample[0][:, 16:80])
+    assert (mask == IGNORE).sum() == 64 * 80
 
 
 def test_colours_change_in_the_image_alone() -> None:

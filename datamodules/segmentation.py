@@ -28,13 +28,11 @@ class SegmentationDataModule(TuningDataModule):
     Attributes:
         legend: The classes, and what stands for them in masks; a subclass sets it.
         crop_size: Height and width of training images in pixels.
-        augment: Whether training images are changed at random.
     """
 
     whole_batches = True  # decoders normalise by the batch, and some cannot by one of one image
     legend: Legend
     crop_size: tuple[int, int]
-    augment: bool
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__(batch_size, num_workers, seed)

@@ -75,7 +75,6 @@ class ShapesSegmentationDataModule(SegmentationDataModule):
     """
 
     legend = Legend(("background", *KINDS))
-    augment = False
 
     def __init__(
         self,

@@ -45,11 +45,9 @@ class ClassesModule(TuningModule):
         None may have been given, and some data know theirs only after the first download.
         """
         names = getattr(self.trainer.datamodule, "class_names", None)
-        unnamed = (
-            [str(i) for i in range(self.num_classes)],
-            [f"class {i}" for i in range(self.num_classes)],
-        )
-        if self.class_names in unnamed and names and len(names) == self.num_classes:
+        numbers = [name.removeprefix("class ") for name in self.class_names]
+        unnamed = numbers == [str(i) for i in range(self.num_classes)]
+        if unnamed and names and len(names) == self.num_classes:
             self.class_names = self.hparams["class_names"] = list(names)
 
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:

@@ -120,6 +120,14 @@ DOMAINS: dict[str, Style] = {
 }
 
 
+# Sizes of the first shape and of the others. A scene of one class has a main shape, and small ones
+# that distract from it; where every shape counts, they are alike in size.
+LAYOUTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "main": ((0.24, 0.38), (0.06, 0.12)),
+    "even": ((0.12, 0.22), (0.12, 0.22)),
+}
+
+
 @dataclass(frozen=True)
 class SceneObject:
     """One shape; lengths are shares of the image's side, the origin is its top left corner."""
@@ -166,12 +174,13 @@ class Scene:
         return max(self.objects, key=lambda thing: thing.size)
 
 
-def draw_scene(seed: int, split: int, index: int) -> Scene:
-    """Make up a scene that depends on the three numbers alone; classes take turns by index."""
+def draw_scene(seed: int, split: int, index: int, layout: str = "main") -> Scene:
+    """Make up a scene that depends on the arguments alone; classes take turns by index."""
+    first, others = LAYOUTS[layout]
     rng = np.random.default_rng((seed, split, index))
-    objects = _add([], rng, KINDS[index % len(KINDS)], sizes=(0.24, 0.38))
+    objects = _add([], rng, KINDS[index % len(KINDS)], first)
     for _ in range(rng.integers(2, 6)):
-        objects = _add(objects, rng, KINDS[rng.integers(len(KINDS))], sizes=(0.06, 0.12))
+        objects = _add(objects, rng, KINDS[rng.integers(len(KINDS))], others)
     order = rng.permutation(len(objects))
     return Scene(tuple(objects[i] for i in order), seed=int(rng.integers(2**32)))
 

@@ -60,7 +60,7 @@ class ShapesDataModule(ClassificationDataModule):
 
 
 class ShapesSegmentationDataModule(SegmentationDataModule):
-    """The scenes of `ShapesDataModule` with masks: the kind of each shape, and the background.
+    """Scenes of shapes alike in size, with masks: the kind of each shape, and the background.
 
     Args:
         domain: "source" or "shifted".
@@ -95,7 +95,7 @@ class ShapesSegmentationDataModule(SegmentationDataModule):
 
     def split(self, name: str) -> DenseSamples:
         """Draw all images and masks of a split; prediction takes the images of the test split."""
-        scenes, names = _draw(self.seed, name, self.counts)
+        scenes, names = _draw(self.seed, name, self.counts, "even")
         size = self.crop_size[0]
         images = map(tv_tensors.Image, _pictures(scenes, size, self.domain))
         targets = (
@@ -114,10 +114,13 @@ def _counts(domain: str, img_size: int, *samples: int) -> dict[str, int]:
     return dict(zip(SPLITS, samples, strict=True))
 
 
-def _draw(seed: int, name: str, counts: dict[str, int]) -> tuple[list[Scene], list[str]]:
+def _draw(
+    seed: int, name: str, counts: dict[str, int], layout: str = "main"
+) -> tuple[list[Scene], list[str]]:
     """The scenes of a split and their names."""
     name = "test" if name == "predict" else name
-    scenes = [draw_scene(seed, SPLITS.index(name), index) for index in range(counts[name])]
+    split = SPLITS.index(name)
+    scenes = [draw_scene(seed, split, index, layout) for index in range(counts[name])]
     return scenes, [f"{name}/{index:05d}" for index in range(len(scenes))]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .adapters import NormTuning as NormTuning
     from .adapters import Probe as Probe
     from .classification import ClassificationModule as ClassificationModule
+    from .detection import DetectionModule as DetectionModule
     from .module import TuningModule as TuningModule
     from .module import from_adapter as from_adapter
     from .segmentation import SegmentationModule as SegmentationModule
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _PACKAGES = ("adapters", "backbones", "callbacks", "datamodules")
 _HOMES = {
     "ClassificationModule": "classification",
+    "DetectionModule": "detection",
     "SegmentationModule": "segmentation",
     "TuningModule": "module",
     "from_adapter": "module",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .adapters import read_config
 from .module import TuningModule
@@ -13,9 +13,12 @@ class ClassesModule(TuningModule):
     """A TuningModule that tells classes apart.
 
     Attributes:
+        least_classes: How many classes the task makes sense with.
         num_classes: Number of classes.
         class_names: Names of the classes; their numbers if none are given.
     """
+
+    least_classes: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -27,14 +30,15 @@ class ClassesModule(TuningModule):
         """Checks and keeps what is said of the classes.
 
         Args:
-            num_classes: Number of classes, at least 2.
+            num_classes: Number of classes, at least ``least_classes``.
             class_names: Names of the classes, in order.
             adapter: Folder of a saved adapter to start from, whose classes must be these.
             options: Arguments of `TuningModule`.
         """
         super().__init__(adapter=adapter, **options)
-        if num_classes < 2:
-            raise ValueError(f"{self.task} needs at least 2 classes, not {num_classes}")
+        if num_classes < self.least_classes:
+            least = f"{self.least_classes} class" + "es" * (self.least_classes > 1)
+            raise ValueError(f"{self.task} needs at least {least}, not {num_classes}")
         check_length("class_names", class_names, num_classes)
         self.num_classes = num_classes
         self.class_names = _class_names(class_names, num_classes, adapter)

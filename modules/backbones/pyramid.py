@@ -56,7 +56,7 @@ class Wrapper(nn.Module):
     layer-wise learning rates ask of a network. A wrapper can hold another one.
 
     Attributes:
-        inner: Name of the child that is asked.
+        inner: Dotted name of the module inside that is asked.
     """
 
     inner: ClassVar[str]
@@ -64,16 +64,16 @@ class Wrapper(nn.Module):
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """What timm knows of the weights, such as means and deviations of their images."""
-        return getattr(self, self.inner).pretrained_cfg
+        return self.get_submodule(self.inner).pretrained_cfg
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the backbone's layers, stem first; all other names count as the head."""
-        groups = getattr(self, self.inner).group_matcher(coarse=coarse)
+        groups = self.get_submodule(self.inner).group_matcher(coarse=coarse)
         return {group: self._reroot(patterns) for group, patterns in groups.items()}
 
     def no_weight_decay(self) -> set[str]:
         """Names of the backbone's parameters that weight decay leaves alone."""
-        inner = getattr(self, self.inner)
+        inner = self.get_submodule(self.inner)
         names = inner.no_weight_decay() if hasattr(inner, "no_weight_decay") else ()
         return {f"{self.inner}.{name}" for name in names}
 
@@ -83,7 +83,7 @@ class Wrapper(nn.Module):
         if patterns is None:
             return None
         unanchored = re.sub(r"(?<![\[\\])\^", "", patterns)  # timm matches from the start anyway
-        return rf"^{self.inner}\.(?:{unanchored})"
+        return rf"^{re.escape(self.inner)}\.(?:{unanchored})"
 
 
 class Pyramid(Wrapper):

@@ -1,0 +1,184 @@
+"""DetectionModule: images to boxes, classes and masks of the objects in them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from .adapters import Tuning
+from .average_precision import AveragePrecision
+from .backbones import create_pyramid
+from .classes import ClassesModule
+from .heads.detection import DetectionNet, Target, check_detector
+from .optim import OneCycle
+
+TrainBatch = tuple[Tensor, list[Target]]
+# Images of an evaluation keep their own sizes.
+Batch = tuple[list[Tensor], list[Target]]
+
+
+class DetectionModule(ClassesModule):
+    """Tunes a timm backbone, and trains one of torchvision's detectors on it.
+
+    It logs ``train/loss``, the detector's own losses, and for validation and test COCO's average
+    precisions of boxes, ``box_map`` and ``box_map50`` among them, and of masks: ``mask_map``, ...
+    """
+
+    task: ClassVar[str] = "detection"
+    monitor: ClassVar[str] = "val/box_map50"
+    least_classes: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        weights: str | None = "pretrained",
+        detector: str = "faster_rcnn",
+        head_width: int = 256,
+        anchor_scale: float | None = None,
+        detector_options: dict[str, float] | None = None,
+        tuning: Tuning | None = None,
+        img_size: int | list[int] | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        head_lr: float | None = None,
+        layer_decay: float | None = None,
+    ) -> None:
+        """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
+
+        Args:
+            backbone: A timm model name, or ``convnext_shapes``.
+            num_classes: Number of classes, without background; the command line takes it from the
+                data.
+            class_names: Names of the classes, in order; the command line takes them from the data.
+            weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None.
+            detector: faster_rcnn, mask_rcnn, retinanet or fcos.
+            head_width: Channels of the feature pyramid and of the heads on it.
+            anchor_scale: Side of the anchors in strides of their map; None is as published: 8, for
+                retinanet 4, for fcos 1. Smaller ones suit small images.
+            detector_options: Other numbers that torchvision's class takes, such as
+                ``box_score_thresh``.
+            tuning: What is trained of the backbone; None is ``FLoRA()``. If it names no targets,
+                the layers that suit the backbone are adapted. All else always trains.
+            img_size: Side, or height and width, of the training images in pixels, which others are
+                resized to fit; None is the backbone's own.
+            adapter: Folder of a saved adapter to start from, in place of ``tuning``.
+            optimizer: Makes the optimizer from parameter groups; None is AdamW at the
+                tuning's own rate, see `litflora.optim.LEARNING_RATES`.
+            lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            head_lr: Learning rate of all but the backbone; None is the optimizer's.
+            layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+        """
+        super().__init__(
+            num_classes=num_classes,
+            class_names=class_names,
+            weights=weights,
+            tuning=tuning,
+            adapter=adapter,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            head_lr=head_lr,
+            layer_decay=layer_decay,
+        )
+        check_detector(detector, detector_options or {})
+        self.backbone = backbone
+        self.detector = detector
+        self.head_width = head_width
+        self.anchor_scale = anchor_scale
+        self.detector_options = detector_options
+        self.img_size = img_size
+        self.masks = detector == "mask_rcnn"
+        self.val_metrics = AveragePrecision(self.masks)
+        self.test_metrics = AveragePrecision(self.masks, per_class=True)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The gallery of a fit, the classes' table of a test, and the files of a prediction."""
+        return []
+
+    def build(self) -> nn.Module:
+        """Makes the backbone's pyramid and the detector on it."""
+        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, width=self.head_width)
+        own = pyramid.pretrained_cfg["input_size"][1:]
+        sides = (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size or own
+        return DetectionNet(
+            self.detector,
+            pyramid,
+            self.num_classes,
+            self.head_width,
+            (sides[0], sides[1]),
+            self.anchor_scale,
+            self.detector_options,
+        )
+
+    def plain_code(self) -> tuple[str, str]:
+        """The net is litflora's own: a detector on a pyramid."""
+        names = ("detector", "head_width", "anchor_scale", "detector_options", "img_size")
+        options = {**{name: getattr(self, name) for name in names}, "weights": None}
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        made = f"DetectionModule({self.backbone!r}, {self.num_classes}, {told}).build()"
+        return "litflora", f"litflora.{made}"
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Any:
+        """Losses in training, else what is found; see `litflora.heads.detection.DetectionNet`.
+
+        Args:
+            images: Images [3, H, W], uint8 or floats in [0, 1], not normalised, of any size.
+            targets: What is in them, in training.
+        """
+        assert self.net is not None, "call configure_model() first"
+        return self.net([self.normalize(image[None])[0] for image in images], targets)
+
+    @torch.no_grad()
+    def detect(self, image: Tensor) -> Target:
+        """What is found in one image [3, H, W] of any size; call ``eval()`` before.
+
+        Returns:
+            ``boxes`` [n, 4] (x0, y0, x1, y1 in pixels), ``labels`` [n] from 0, ``scores`` [n],
+            highest first, and for Mask R-CNN ``masks`` [n, H, W], bool.
+        """
+        return self([image])[0]
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """The sum of the detector's losses on a batch."""
+        images, targets = batch
+        losses = self(list(images), targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        parts = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(parts, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the validation metrics."""
+        images, targets = batch
+        self.val_metrics.update(self(images), targets)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the test metrics."""
+        images, targets = batch
+        self.test_metrics.update(self(images), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the precisions of the validation set."""
+        self._log_precisions("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the precisions of the test set."""
+        self._log_precisions("test", self.test_metrics)
+
+    def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:
+        """Returns the ``names`` of the images and what is ``found`` in each."""
+        images, names = batch
+        return {"names": list(names), "found": self(images)}
+
+    def _log_precisions(self, stage: str, metric: AveragePrecision) -> None:
+        precisions = {k: v for k, v in metric.compute().items() if v.ndim == 0 and k != "classes"}
+        for name, value in precisions.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
+        metric.reset()

@@ -13,7 +13,7 @@ from .adapters import Tuning
 from .average_precision import AveragePrecision
 from .backbones import create_pyramid
 from .classes import ClassesModule
-from .heads.detection import DetectionNet, Target, check_detector
+from .heads.detection import DetectionNet, Target, check_detector, finest_stride
 from .optim import OneCycle
 
 TrainBatch = tuple[Tensor, list[Target]]
@@ -103,14 +103,15 @@ class DetectionModule(ClassesModule):
 
     def build(self) -> nn.Module:
         """Makes the backbone's pyramid and the detector on it."""
-        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, width=self.head_width)
+        width, finest = self.head_width, finest_stride(self.detector)
+        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, None, width, finest)
         own = pyramid.pretrained_cfg["input_size"][1:]
         sides = (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size or own
         return DetectionNet(
             self.detector,
             pyramid,
             self.num_classes,
-            self.head_width,
+            width,
             (sides[0], sides[1]),
             self.anchor_scale,
             self.detector_options,

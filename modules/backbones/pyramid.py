@@ -23,6 +23,7 @@ def create_pyramid(
     img_size: int | tuple[int, int] | None = None,
     blocks: Sequence[int] | None = None,
     width: int = 256,
+    finest: int = STRIDES[0],
 ) -> Pyramid:
     """Builds a backbone without classifier that gives feature maps.
 
@@ -35,18 +36,19 @@ def create_pyramid(
             call, by the models that can.
         blocks: Blocks of a plain ViT whose maps are wanted, see `Pyramid`.
         width: Channels of a plain ViT's simple feature pyramid, see `Pyramid`.
+        finest: Stride of the finest map, see `Pyramid`.
 
     Raises:
         FileNotFoundError: If the weights file does not exist.
         ValueError: If the name, the size, the weights or the blocks cannot be used.
     """
     check_name(name)
-    sketch = Pyramid(without_weights(name), blocks, width)  # refuses before weights are fetched
+    sketch = Pyramid(without_weights(name), blocks, width, finest)  # refuses before weights are fetched
     if img_size is not None:
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
         height, breadth = (side + -side % sketch.divisor for side in sides)
         img_size = (height, breadth)
-    return Pyramid(build(name, weights, 0, img_size), blocks, width)
+    return Pyramid(build(name, weights, 0, img_size), blocks, width, finest)
 
 
 class Wrapper(nn.Module):
@@ -109,7 +111,11 @@ class Pyramid(Wrapper):
     inner: ClassVar[str] = "backbone"
 
     def __init__(
-        self, backbone: nn.Module, blocks: Sequence[int] | None = None, width: int = 256
+        self,
+        backbone: nn.Module,
+        blocks: Sequence[int] | None = None,
+        width: int = 256,
+        finest: int = STRIDES[0],
     ) -> None:
         """Takes over a timm model.
 
@@ -119,11 +125,12 @@ class Pyramid(Wrapper):
                 is the simple feature pyramid of strides 4, 8, 16 and 32, which needs patches of
                 such a size.
             width: Channels of the simple feature pyramid.
+            finest: Stride of the finest map of stages or simple feature pyramid.
         """
         super().__init__()
         strides = _strides(backbone)
         plain = len(set(strides)) == 1
-        self._taken = _blocks(backbone, blocks) if plain else _stages(backbone, blocks)
+        self._taken = _blocks(backbone, blocks) if plain else _stages(backbone, blocks, finest)
         self._norm = plain and hasattr(backbone, "norm")  # what SAM has is a neck of its own
         backbone.prune_intermediate_layers(self._taken, prune_norm=not self._norm)
         self.backbone = backbone
@@ -131,8 +138,9 @@ class Pyramid(Wrapper):
         self.channels = tuple(backbone.feature_info[i]["num_chs"] for i in self._taken)
         self.strides = tuple(strides[i] for i in self._taken)
         if plain and blocks is None:
-            self.neck = SimpleFeaturePyramid(self.channels[0], self.strides[0], width)
-            self.channels, self.strides = (width,) * len(STRIDES), STRIDES
+            stride, self.strides = self.strides[0], STRIDES[STRIDES.index(finest) :]
+            self.neck = SimpleFeaturePyramid(self.channels[0], stride, width, self.strides)
+            self.channels = (width,) * len(self.strides)
 
     @property
     def divisor(self) -> int:
@@ -166,25 +174,28 @@ class Pyramid(Wrapper):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Maps at strides 4, 8, 16 and 32 from the one map of a plain ViT.
+    """Maps at several strides from the one map of a plain ViT.
 
     Each comes straight from that map, by transposed convolutions or pooling; there is no path from
     coarse to fine. Section 3 of the paper, with its normalisation.
     """
 
-    def __init__(self, channels: int, stride: int, width: int) -> None:
+    def __init__(
+        self, channels: int, stride: int, width: int, strides: Sequence[int] = STRIDES
+    ) -> None:
         """Makes the levels.
 
         Args:
             channels: Channels of the ViT's map.
-            stride: Stride of the ViT's map, one of those above.
+            stride: Stride of the ViT's map, times a power of two one of ``strides``.
             width: Channels of the new maps.
+            strides: Strides of the new maps.
         """
         super().__init__()
-        self.levels = nn.ModuleList(_level(channels, stride, target, width) for target in STRIDES)
+        self.levels = nn.ModuleList(_level(channels, stride, target, width) for target in strides)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four maps, finest first, from a list of one."""
+        """The maps, in the order of their strides, from a list of one."""
         (last,) = maps
         return [level(last) for level in self.levels]
 
@@ -218,11 +229,11 @@ def _strides(backbone: nn.Module) -> list[int]:
     return strides
 
 
-def _stages(backbone: nn.Module, blocks: Sequence[int] | None) -> list[int]:
+def _stages(backbone: nn.Module, blocks: Sequence[int] | None, finest: int) -> list[int]:
     if blocks is not None:
         raise ValueError(f"blocks are those of a plain ViT: {_name(backbone)} has stages, use null")
     strides = _strides(backbone)
-    return [i for i, stride in enumerate(strides) if stride >= STRIDES[0]]
+    return [i for i, stride in enumerate(strides) if stride >= finest]
 
 
 def _blocks(backbone: nn.Module, blocks: Sequence[int] | None) -> list[int]:

@@ -16,7 +16,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..backbones.pyramid import STRIDES, Pyramid, Wrapper
+from ..backbones.pyramid import Pyramid, Wrapper
 
 Target = dict[str, Tensor]
 
@@ -36,32 +36,28 @@ class FeatureMaps(nn.Module):
         out_channels: Channels of each.
     """
 
-    def __init__(self, pyramid: Pyramid, width: int, finest: int, halvings: int) -> None:
+    def __init__(self, pyramid: Pyramid, width: int, halvings: int) -> None:
         """Takes over a pyramid.
 
         Args:
-            pyramid: Makes maps at strides 4, 8, 16 and 32.
-            width: Channels of the maps that come out.
-            finest: Stride of the finest of them.
+            pyramid: Makes maps, each of twice the stride before.
+            width: Channels of the maps that come out; a plain ViT's pyramid has it already.
             halvings: How many coarser maps there are: 1 by pooling, or 2 by convolutions.
         """
         super().__init__()
-        if pyramid.strides != STRIDES:
-            raise ValueError(f"a detector needs maps at strides {STRIDES}, not {pyramid.strides}")
         self.pyramid = pyramid
-        self._first = STRIDES.index(finest)
         self.fpn: nn.Module = nn.Identity()
         if isinstance(pyramid.neck, nn.Identity):
-            stages = list(pyramid.channels[self._first :])
-            self.fpn = FeaturePyramidNetwork(stages, width, norm_layer=LayerNorm2d)
+            channels = list(pyramid.channels)
+            self.fpn = FeaturePyramidNetwork(channels, width, norm_layer=LayerNorm2d)
         self.coarser = LastLevelMaxPool() if halvings == 1 else LastLevelP6P7(width, width)
-        added = (STRIDES[-1] * 2**times for times in range(1, halvings + 1))
-        self.strides = (*STRIDES[self._first :], *added)
+        added = (pyramid.strides[-1] * 2**times for times in range(1, halvings + 1))
+        self.strides = (*pyramid.strides, *added)
         self.out_channels = width
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps [N, out_channels, H / stride, W / stride] of normalised images, by name."""
-        stages = self.pyramid(images)[self._first :]
+        stages = self.pyramid(images)
         maps = self.fpn({str(level): features for level, features in enumerate(stages)})
         levels, names = self.coarser(list(maps.values()), stages, list(maps))
         return dict(zip(names, levels, strict=True))
@@ -114,8 +110,8 @@ def _retinanet_parts(maps: FeatureMaps, num_classes: int, scale: float) -> dict[
 
 
 def _fcos_parts(maps: FeatureMaps, num_classes: int, scale: float) -> dict[str, Any]:
-    if maps.out_channels % 32:
-        raise ValueError(f"head_width must be a multiple of 32 for fcos, not {maps.out_channels}")
+    if maps.out_channels < 64 or maps.out_channels % 32:  # it has norms over 32 groups of channels
+        raise ValueError(f"head_width must be 64, 96, 128, ... for fcos, not {maps.out_channels}")
     anchors = _anchors(maps, scale, ratios=(1.0,))
     return {"num_classes": num_classes, "anchor_generator": anchors}
 
@@ -156,6 +152,11 @@ def check_detector(name: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} takes no option {unknown[0]!r}: it takes {', '.join(known)}")
 
 
+def finest_stride(name: str) -> int:
+    """Stride of the finest map that a detector reads."""
+    return DETECTORS[name].finest
+
+
 class DetectionNet(Wrapper):
     """One of torchvision's detectors on a pyramid, which takes normalised images.
 
@@ -181,7 +182,7 @@ class DetectionNet(Wrapper):
 
         Args:
             name: ``faster_rcnn``, ``mask_rcnn``, ``retinanet`` or ``fcos``.
-            pyramid: Makes maps at strides 4, 8, 16 and 32.
+            pyramid: Makes maps, the finest of `finest_stride`.
             num_classes: Number of classes, without background.
             width: Channels of the maps and of the heads on them.
             img_size: What images of an evaluation are resized to: the shorter side to the smaller
@@ -193,7 +194,7 @@ class DetectionNet(Wrapper):
         options = dict(options or {})
         check_detector(name, options)
         kind = DETECTORS[name]
-        maps = FeatureMaps(pyramid, width, kind.finest, kind.halvings)
+        maps = FeatureMaps(pyramid, width, kind.halvings)
         parts = kind.parts(maps, num_classes, anchor_scale or kind.anchor_scale)
         self.first_label = kind.first_label
         self.detector = kind.made(

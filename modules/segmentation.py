@@ -13,6 +13,7 @@ from .adapters import Tuning
 from .backbones import create_pyramid
 from .callbacks import ClassTable, Gallery, MaskWriter
 from .classes import ClassesModule, check_length
+from .drawing import Drawing, MaskDrawing
 from .heads.segmentation import SegmentationNet, create_head
 from .losses import SegmentationLoss
 from .metrics import segmentation_metrics
@@ -34,6 +35,7 @@ class SegmentationModule(ClassesModule):
 
     task: ClassVar[str] = "segmentation"
     monitor: ClassVar[str] = "val/miou"
+    drawing: ClassVar[type[Drawing]] = MaskDrawing
 
     def __init__(
         self,

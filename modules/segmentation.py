@@ -136,6 +136,10 @@ class SegmentationModule(ClassesModule):
         # Normalised first: an inference pads with zeros, the mean colour that training pads with.
         return self.inference(self.net, self.normalize(image[None])[0])
 
+    def class_scores(self) -> tuple[str, list[float]]:
+        """The intersection over union of each class in the test so far."""
+        return "IoU", self.test_metrics["iou"].compute().tolist()
+
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The loss of a batch of crops."""
         images, masks = batch

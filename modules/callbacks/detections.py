@@ -62,8 +62,9 @@ class DetectionWriter(Callback):
             for item in results(image_ids.get(name, name), category_ids, found):
                 self.file.write(json.dumps(item) + "\n")
             if drawing is not None:
+                figure = drawing.picture(image.cpu(), found)
                 with replacing(picture_path(data, self.folder, name)) as temporary:
-                    drawing.picture(image.cpu(), found).savefig(temporary)
+                    figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # twice as fast
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Joins the parts of all processes."""

@@ -22,7 +22,7 @@ FOUND = Key(0, "found", (0, 140, 70))
 MISSED = Key(1, "true, and not found", (225, 110, 0))
 WRONG = Key(2, "predicted, and matches nothing at IoU 0.5", (190, 0, 130))
 
-INCHES = 8.0  # the longer side of a picture by itself: sets how large its text is
+INCHES = 6.0  # the longer side of a picture by itself: sets how large its text is
 LEAST_PIXELS = 640  # its least length
 
 
@@ -93,7 +93,7 @@ class BoxDrawing(Drawing):
         crowd, true_texts = crowds(target).tolist(), self._texts(target)
         for place, box in enumerate(target["boxes"].tolist()):
             if place not in matches and not crowd[place]:
-                _box(axis, box, MISSED.color, true_texts[place])
+                _box(axis, box, MISSED.color, true_texts[place], at_foot=True)
         for box, text, matched in zip(
             found["boxes"].tolist(), self._texts(found), matches, strict=True
         ):
@@ -123,8 +123,10 @@ def _blended(masks: Tensor, colors: Sequence[Color]) -> np.ndarray:
     return pixels
 
 
-def _box(axis: Axes, box: Sequence[float], color: Color, text: str) -> None:
-    """Draws a box, and its text where it stays inside the image."""
+def _box(
+    axis: Axes, box: Sequence[float], color: Color, text: str, at_foot: bool = False
+) -> None:
+    """Draws a box, and its text above or at the foot: inside, where there is no room outside."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -135,13 +137,14 @@ def _box(axis: Axes, box: Sequence[float], color: Color, text: str) -> None:
     if not text:
         return
     right, bottom = axis.get_xlim()[1], axis.get_ylim()[0]
-    to_left, below = x0 > 0.7 * right, y0 < 0.06 * bottom
+    to_left = x0 > 0.7 * right
+    under = y1 < 0.94 * bottom if at_foot else y0 < 0.06 * bottom
     light = np.dot(color, (0.299, 0.587, 0.114)) > 150
     axis.annotate(
         text,
-        (x1 if to_left else x0, max(y0, -0.5)),
+        (x1 if to_left else x0, y1 if at_foot else y0),
         ha="right" if to_left else "left",
-        va="top" if below else "bottom",
+        va="top" if under else "bottom",
         fontsize=8,
         color="black" if light else "white",
         bbox={"facecolor": shade(color), "edgecolor": "none", "boxstyle": "square,pad=0.1"},

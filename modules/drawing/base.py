@@ -72,6 +72,12 @@ class Drawing:
         raise NotImplementedError
 
 
+def spread(dataset: Any, count: int) -> list[Any]:
+    """Samples from the whole of a data set, for neighbours are often alike."""
+    count = min(count, len(dataset))
+    return [dataset[index * len(dataset) // count] for index in range(count)]
+
+
 def grid(heights: Sequence[float], columns: int) -> tuple[Figure, np.ndarray]:
     """A figure with room for a row of pictures for each of the heights, and its axes.
 

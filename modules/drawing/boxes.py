@@ -123,9 +123,7 @@ def _blended(masks: Tensor, colors: Sequence[Color]) -> np.ndarray:
     return pixels
 
 
-def _box(
-    axis: Axes, box: Sequence[float], color: Color, text: str, at_foot: bool = False
-) -> None:
+def _box(axis: Axes, box: Sequence[float], color: Color, text: str, at_foot: bool = False) -> None:
     """Draws a box, and its text above or at the foot: inside, where there is no room outside."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..drawing.base import Drawing, grid, legend, spread
+from ..drawing.base import Drawing, grid, legend
 from ._files import log_dir, publish
 
 if TYPE_CHECKING:
@@ -51,11 +51,17 @@ class Gallery(Callback):
         if not (known and drawn) or trainer.fast_dev_run or find_spec("matplotlib") is None:
             return
         drawing = pl_module.drawing(data.class_names, data.palette)
-        chosen = spread(data.datasets["val"], self.samples)
+        chosen = _spread(data.datasets["val"], self.samples)
         rows = [_row(drawing, pl_module, *sample) for sample in chosen]
         path = log_dir(trainer) / "gallery" / f"epoch_{epoch:03d}.png"
         if trainer.is_global_zero:
             publish(trainer, draw(drawing, rows), path, "val/gallery")
+
+
+def _spread(dataset: Any, count: int) -> list[Any]:
+    """Samples from the whole of a data set, for neighbours are often alike."""
+    count = min(count, len(dataset))
+    return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
 def _row(drawing: Drawing, module: Any, image: Tensor, target: Any, _: str) -> tuple[Any, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from copy import copy
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..drawing import Drawing
 
+COLUMNS = 4
 MOST = 100  # more give no picture that a viewer opens
 
 
@@ -27,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", **file, help="PNG file to write (default: samples.png)")
     out.add_force(parser)
     parser.epilog = (
-        "Any option of fit may follow a recipe: --data.init_args.root photos, for one. Each sample "
-        "is drawn as it is, and as it comes to training in the first epoch."
+        "Any option of fit may follow a recipe: --data.init_args.root photos, for one. The first "
+        "samples of the first epoch are drawn, each as it is and as it comes to training."
     )
 
 
@@ -49,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters.replacing import replacing
 
     drawing = model.drawing(data.class_names, getattr(data, "palette", ()))
-    figure = sheet(drawing, data.datasets["train"], args.samples)
+    keys = list(islice(data.train_dataloader().sampler, args.samples))
+    figure = sheet(drawing, data.datasets["train"], keys)
     with replacing(args.out) as temporary:
         figure.savefig(temporary, bbox_inches="tight")
     print(f"data     {data.contents()}\nsamples  {args.out}")
@@ -65,36 +69,37 @@ def _check(args: argparse.Namespace) -> None:
         raise ImportError("matplotlib draws the samples: pip install 'litflora[plots]'")
 
 
-def sheet(drawing: Drawing, dataset: Any, count: int) -> Figure:
-    """Draws samples as they are beside what comes to training, two samples in a row.
+def sheet(drawing: Drawing, dataset: Any, keys: Sequence[int]) -> Figure:
+    """Draws samples as they are beside what comes to training.
 
     Args:
         drawing: How the task draws them.
         dataset: A `SeededDataset`.
-        count: How many samples; they are spread over the data set.
+        keys: Those of the samples.
     """
     from torchvision.transforms import v2
 
-    from ..drawing.base import grid, legend, spread
+    from ..drawing.base import grid, legend
 
     plain = copy(dataset)
     plain.transform = v2.ToImage()
-    columns = 2 if min(count, len(dataset)) == 1 else 4
-    drawn = [
-        (title.format(_short(name)), image, target)
-        for pair in zip(spread(plain, count), spread(dataset, count), strict=True)
-        for (image, target, name), title in zip(pair, ("{}", "in training"), strict=True)
-    ]
-    rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
-    heights = [max(image.shape[-2] / image.shape[-1] for _, image, _ in row) for row in rows]
+    drawn = []
+    for key in keys:
+        (image, target, name), (trained, its_target, _) = plain[key], dataset[key]
+        drawn += [(image, target, _short(name)), (trained, its_target, "in training")]
+    columns = min(COLUMNS, len(drawn) * drawing.parts)
+    in_row = columns // drawing.parts
+    shares = [image.shape[-2] / image.shape[-1] for image, *_ in drawn]
+    heights = [max(shares[start : start + in_row]) for start in range(0, len(drawn), in_row)]
     figure, axes = grid(heights, columns)
-    keys = set()
-    for axis, (title, image, target) in zip(axes.flat, drawn, strict=False):
-        keys |= drawing.sample(axis, image, target)
-        axis.set_title(title, fontsize=9)
-    for axis in axes.flat[len(drawn) :]:
+    places = axes.reshape(-1, drawing.parts)
+    entries = set()
+    for place, (image, target, title) in zip(places, drawn, strict=False):
+        entries |= drawing.sample(place, image, target)
+        place[0].set_title(title, fontsize=9)
+    for axis in places[len(drawn) :].flat:
         axis.set_axis_off()
-    legend(figure, keys)
+    legend(figure, entries)
     return figure
 
 

@@ -31,20 +31,22 @@ class Drawing:
         palette: A colour (red, green, blue) of each class; generated if there are none.
 
     Attributes:
+        parts: How many pictures `sample` draws side by side.
         columns: Titles of the pictures that `compare` draws; empty if a task has no gallery.
     """
 
+    parts: ClassVar[int] = 1
     columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, class_names: Sequence[str], palette: Sequence[Color] = ()) -> None:
         self.class_names = class_names
         self.palette = palette or _distinct(len(class_names))
 
-    def sample(self, axis: Axes, image: Tensor, target: Any) -> set[Key]:
+    def sample(self, axes: Sequence[Axes], image: Tensor, target: Any) -> set[Key]:
         """Draws an image with its truth.
 
         Args:
-            axis: Where it is drawn.
+            axes: As many as `parts` says.
             image: uint8 ``[3, H, W]``.
             target: The truth as the task's datamodules give it.
 
@@ -70,12 +72,6 @@ class Drawing:
             What the colours stand for.
         """
         raise NotImplementedError
-
-
-def spread(dataset: Any, count: int) -> list[Any]:
-    """Samples from the whole of a data set, for neighbours are often alike."""
-    count = min(count, len(dataset))
-    return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
 def grid(heights: Sequence[float], columns: int) -> tuple[Figure, np.ndarray]:

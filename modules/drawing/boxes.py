@@ -38,10 +38,10 @@ class BoxDrawing(Drawing):
         "errors",
     )
 
-    def sample(self, axis: Axes, image: Tensor, target: Objects) -> set[Key]:
-        """Draws an image and its true objects; crowds are grey."""
-        show_image(axis, image)
-        self._objects(axis, target)
+    def sample(self, axes: Sequence[Axes], image: Tensor, target: Objects) -> set[Key]:
+        """Draws an image and its objects; crowds are grey."""
+        show_image(axes[0], image)
+        self._objects(axes[0], target)
         return set()
 
     def predict(self, module: Any, image: Tensor) -> Objects:
@@ -53,8 +53,8 @@ class BoxDrawing(Drawing):
     ) -> set[Key]:
         """Draws true and predicted objects, and those that do not match."""
         found = _likely(found)
-        self.sample(axes[0], image, target)
-        self.sample(axes[1], image, found)
+        self.sample(axes[:1], image, target)
+        self.sample(axes[1:2], image, found)
         self._errors(axes[2], image, target, found)
         return {FOUND, MISSED, WRONG}
 
@@ -70,7 +70,7 @@ class BoxDrawing(Drawing):
         inches = INCHES * width / longest, INCHES * height / longest
         figure = Figure(figsize=inches, dpi=longest * -(-LEAST_PIXELS // longest) / INCHES)
         axis = figure.add_axes((0, 0, 1, 1), frame_on=False)
-        self.sample(axis, image, _likely(found))
+        self.sample([axis], image, _likely(found))
         return figure
 
     def _objects(self, axis: Axes, objects: Objects) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class LabelDrawing(Drawing):
-    """Draws images, and the name of its class under each."""
+    """Draws images, each with the name of its class below."""
 
-    def sample(self, axis: Axes, image: Tensor, target: int) -> set[Key]:
+    def sample(self, axes: Sequence[Axes], image: Tensor, target: int) -> set[Key]:
         """Draws an image and its class."""
-        show_image(axis, image)
-        axis.set_xlabel(self.class_names[target])
+        show_image(axes[0], image)
+        axes[0].set_xlabel(self.class_names[target])
         return set()

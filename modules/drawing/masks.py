@@ -16,20 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RIGHT, WRONG, VOID = (216, 232, 216), (200, 30, 30), (160, 160, 160)
-OPACITY = 0.6  # of a mask that lies over its image
 
 
 class MaskDrawing(Drawing):
     """Draws masks ``[H, W]`` of class ids in the colours of the classes."""
 
+    parts: ClassVar[int] = 2
     columns: ClassVar[tuple[str, ...]] = ("image", "truth", "prediction", "wrong pixels")
 
-    def sample(self, axis: Axes, image: Tensor, target: Tensor) -> set[Key]:
-        """Draws an image, and its mask over it."""
-        show_image(axis, image)
-        colours = coloured(target, self.palette)
-        opacity = np.full((*target.shape, 1), round(255 * OPACITY), np.uint8)
-        show(axis, np.concatenate([colours, opacity], axis=2))
+    def sample(self, axes: Sequence[Axes], image: Tensor, target: Tensor) -> set[Key]:
+        """Draws an image and its mask."""
+        show_image(axes[0], image)
+        show(axes[1], coloured(target, self.palette))
         return self._keys(target)
 
     def predict(self, module: Any, image: Tensor) -> Tensor:
@@ -40,17 +38,20 @@ class MaskDrawing(Drawing):
         self, axes: Sequence[Axes], image: Tensor, target: Tensor, found: Tensor
     ) -> set[Key]:
         """Draws the image, its true and its predicted mask, and where these differ."""
-        show_image(axes[0], image)
-        show(axes[1], coloured(target, self.palette))
+        keys = self.sample(axes, image, target) | self._keys(found)
         show(axes[2], coloured(found, self.palette))
         show(axes[3], _errors(target, found))
         share = (found == target)[target != IGNORED].float().mean()
         axes[3].set_xlabel(f"{share:.1%} of pixels right")
-        return self._keys(target) | self._keys(found)
+        return keys
 
     def _keys(self, ids: Tensor) -> set[Key]:
-        present = (n for n in ids.unique().tolist() if n < IGNORED)
-        return {Key(n, self.class_names[n], tuple(self.palette[n])) for n in present}
+        return {self._key(n) for n in ids.unique().tolist()}
+
+    def _key(self, n: int) -> Key:
+        if n == IGNORED:
+            return Key(n, "unknown", VOID)
+        return Key(n, self.class_names[n], tuple(self.palette[n]))
 
 
 def coloured(ids: Tensor, palette: Sequence[Color]) -> np.ndarray:

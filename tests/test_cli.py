@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from shell import (
     BACKBONE,
@@ -375,6 +376,17 @@ def test_python_m_litflora_is_litflora():
         [sys.executable, "-m", "litflora", "--version"], check=True, capture_output=True, text=True
     )
     assert done.stdout.startswith("litflora ")
+
+
+def test_predictions_are_not_kept_once_they_are_written(adapter, monkeypatch):
+    seen = []
+    predict = Trainer.predict
+    monkeypatch.setattr(
+        Trainer, "predict", lambda *args, **kw: seen.append(predict(*args, **kw)) or seen[-1]
+    )
+    told = litflora("predict", "--adapter", adapter, *SMALL)
+    assert told.code == 0, told.err
+    assert seen == [None]
 
 
 def test_adapter_of_another_library_says_what_is_missing(tmp_path):

@@ -91,7 +91,7 @@ def sheet(drawing: Drawing, dataset: Any, keys: Sequence[int]) -> Figure:
     in_row = columns // drawing.parts
     shares = [image.shape[-2] / image.shape[-1] for image, *_ in drawn]
     heights = [max(shares[start : start + in_row]) for start in range(0, len(drawn), in_row)]
-    figure, axes = grid(heights, columns)
+    figure, axes = grid(heights, columns, alike=False)
     places = axes.reshape(-1, drawing.parts)
     entries = set()
     for place, (image, target, title) in zip(places, drawn, strict=False):

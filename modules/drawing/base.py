@@ -74,17 +74,20 @@ class Drawing:
         raise NotImplementedError
 
 
-def grid(heights: Sequence[float], columns: int) -> tuple[Figure, np.ndarray]:
+def grid(heights: Sequence[float], columns: int, alike: bool = True) -> tuple[Figure, np.ndarray]:
     """A figure with room for a row of pictures for each of the heights, and its axes.
 
     Args:
         heights: Of the pictures of each row, as shares of their width.
         columns: Pictures in a row.
+        alike: Whether those of a row have one shape.
     """
     from matplotlib.figure import Figure
 
     tall = 12 / columns * sum(heights) + 1
-    figure = Figure(figsize=(12, tall), dpi=100, layout="compressed")
+    # The closer layout shrinks all pictures of a column as far as its slimmest.
+    layout = "compressed" if alike else "constrained"
+    figure = Figure(figsize=(12, tall), dpi=100, layout=layout)
     return figure, figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
 
 

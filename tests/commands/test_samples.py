@@ -85,6 +85,9 @@ def test_boxes_as_they_are_and_as_they_come_to_training():
     starts = [axis.patches[0].get_x() + 0.5 for axis in figure.axes]
     assert starts == [2, 12, 2, 32]
     assert [axis.texts[0].get_text() for axis in figure.axes] == ["dog"] * 4
+    figure.draw_without_rendering()
+    widths = [axis.get_position().width for axis in figure.axes]
+    assert widths == pytest.approx([widths[0]] * 4, rel=0.02)  # though one is twice as wide as high
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["a.jpg", "in training", "…" + "b" * 35, "in training"]
 

@@ -60,7 +60,7 @@ class ImageFolderDataModule(ImageDataModule):
     def prepare_data(self) -> None:
         """Also read every image of the coming stage once, if `check_images` asks for it."""
         super().prepare_data()
-        if self.check_images:
+        if self.check_images and self.datasets:
             check_images(sorted({n for samples in self.datasets.values() for n in samples.names}))
 
     def official_splits(self) -> dict[str, Samples]:

@@ -116,7 +116,7 @@ class MaskFilesDataModule(SegmentationDataModule):
     def prepare_data(self) -> None:
         """Also read every file of the coming stage once, if `check` asks for it."""
         super().prepare_data()
-        if self.check:
+        if self.check and self.datasets:
             paths = (pair for samples in self.datasets.values() for pair in samples.pairs.paths)
             check_pairs(list(dict.fromkeys(paths)), self.legend)
 

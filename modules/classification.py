@@ -22,6 +22,7 @@ from .adapters import Tuning
 from .backbones.embedded import CONVNEXT_SHAPES
 from .callbacks import ConfusionMatrix, PredictionWriter
 from .classes import ClassesModule, check_length
+from .drawing import Drawing, LabelDrawing
 from .module import unit_range
 from .optim import OneCycle
 
@@ -37,6 +38,7 @@ class ClassificationModule(ClassesModule):
 
     task: ClassVar[str] = "classification"
     monitor: ClassVar[str] = "val/acc"
+    drawing: ClassVar[type[Drawing]] = LabelDrawing
     class_weights: Tensor | None
 
     def __init__(

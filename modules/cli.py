@@ -12,7 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import calibrate, inspect, merge, recipes
+from .commands import calibrate, inspect, merge, recipes, samples
 from .commands.mistakes import explain
 
 TRAINING = {
@@ -21,6 +21,7 @@ TRAINING = {
     "test": "evaluate on the test split: litflora test --adapter RUN/adapter",
     "predict": "write predictions: litflora predict --adapter RUN/adapter",
 }
+SAMPLES = "inspect data"  # two words to the person, one command to argparse
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,9 +53,11 @@ def _run(args: list[str]) -> None:
 
         train.run(args[0], args[1:])
         return
+    if args[:2] == ["inspect", "data"]:
+        args = [SAMPLES, *args[2:]]
     parser = _parser()
     options, options.overrides = parser.parse_known_args(args or ["--help"])
-    if options.overrides and options.run not in (inspect.run, calibrate.run):
+    if options.overrides and options.run not in (inspect.run, samples.run, calibrate.run):
         parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     options.run(options)
 
@@ -71,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=what)
     _add(commands, "recipes", "list, show or copy the shipped recipes", recipes)
     _add(commands, "inspect", "show what a recipe would adapt, or a saved adapter does", inspect)
+    _add(commands, SAMPLES, "draw training samples of a recipe, with their truth", samples)
     _add(commands, "calibrate", "time the computing paths of a recipe on this machine", calibrate)
     _add(commands, "merge", "merge an adapter into a file that plain timm loads", merge)
     return parser

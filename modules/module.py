@@ -21,6 +21,7 @@ from . import adapters
 from .adapters import FLoRA, Tuning, inject, load, read_config
 from .adapters.layers import origin_of
 from .backbones import default_targets, normalization
+from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, scheduler_config
 
@@ -48,11 +49,13 @@ class TuningModule(LightningModule):
     Attributes:
         task: Name of the task.
         monitor: The metric that says how good the model is.
+        drawing: How the task draws its samples, and what the model makes of them.
         net: The network, None before ``configure_model``.
     """
 
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
+    drawing: ClassVar[type[Drawing]]
     net: nn.Module | None
     mean: Tensor
     std: Tensor

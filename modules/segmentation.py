@@ -13,6 +13,7 @@ from .adapters import Tuning
 from .backbones import create_pyramid
 from .callbacks import ClassTable, Gallery, MaskWriter
 from .classes import ClassesModule, check_length
+from .drawing import Drawing, MaskDrawing
 from .heads.segmentation import SegmentationNet, create_head
 from .losses import SegmentationLoss
 from .metrics import segmentation_metrics
@@ -34,6 +35,7 @@ class SegmentationModule(ClassesModule):
 
     task: ClassVar[str] = "segmentation"
     monitor: ClassVar[str] = "val/miou"
+    drawing: ClassVar[type[Drawing]] = MaskDrawing
 
     def __init__(
         self,
@@ -133,6 +135,10 @@ class SegmentationModule(ClassesModule):
         assert self.net is not None, "call configure_model() first"
         # Normalised first: an inference pads with zeros, the mean colour that training pads with.
         return self.inference(self.net, self.normalize(image[None])[0])
+
+    def class_scores(self) -> tuple[str, list[float]]:
+        """The intersection over union of each class in the test so far."""
+        return "IoU", self.test_metrics["iou"].compute().tolist()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The loss of a batch of crops."""

@@ -24,6 +24,7 @@ from shell import (
 )
 
 from litflora.adapters.measured import device_name, forget
+from litflora.commands.train import LitFloraCLI
 
 RECIPE = "classification/image_folder_vit_tiny"
 
@@ -375,6 +376,11 @@ def test_python_m_litflora_is_litflora():
         [sys.executable, "-m", "litflora", "--version"], check=True, capture_output=True, text=True
     )
     assert done.stdout.startswith("litflora ")
+
+
+def test_predictions_are_not_kept_once_they_are_written(adapter):
+    ran = LitFloraCLI("predict", ["--adapter", str(adapter), *SMALL])
+    assert not ran.trainer.predict_loop.return_predictions
 
 
 def test_adapter_of_another_library_says_what_is_missing(tmp_path):

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from litflora import SegmentationModule
 from litflora.adapters import FLoRA, LoRA, Probe, adapter_names
 from litflora.callbacks import AdapterFolder, Gallery
-from litflora.callbacks.gallery import coloured
 from litflora.datamodules import ShapesSegmentationDataModule
+from litflora.drawing.masks import coloured
 from litflora.module import from_adapter
 from litflora.windows import SlidingWindow, Whole
 

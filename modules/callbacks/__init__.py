@@ -3,6 +3,7 @@
 from .adapter_folder import AdapterFolder
 from .class_table import ClassTable
 from .confusion import ConfusionMatrix
+from .detections import DetectionWriter
 from .gallery import Gallery
 from .masks import MaskWriter
 from .opening import Opening
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterFolder",
     "ClassTable",
     "ConfusionMatrix",
+    "DetectionWriter",
     "Gallery",
     "MaskWriter",
     "Opening",

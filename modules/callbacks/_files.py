@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 def log_dir(trainer: Trainer) -> Path:
     """The run's folder; must be called on all ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def picture_path(data: Any, folder: Path, name: str) -> Path:
+    """Where an image's prediction is drawn: ``predictions/a.jpg.png`` for a.jpg.
+
+    Folders below ``predict_root``, or else below the data's ``root``, are kept; of a name that lies
+    in neither, the last part.
+    """
+    root = getattr(data, "predict_root", None) or getattr(data, "root", None)
+    inside = root is not None and Path(name).is_relative_to(root)
+    relative = os.path.relpath(name, root) if inside else Path(name).name
+    return folder / "predictions" / f"{relative}.png"
 
 
 def publish(trainer: Trainer, figure: Figure, path: Path, tag: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from math import isnan
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -12,20 +13,23 @@ from ._files import log_dir
 
 
 class ClassTable(Callback):
-    """Prints the intersection over union of each class at the end of a test, worst first.
+    """Prints the score of each class at the end of a test, worst first, unknown ones last.
 
-    It also writes ``class_iou.csv`` into the log folder, in the classes' own order.
+    It also writes ``class_<score>.csv`` into the log folder, in the classes' own order. The module
+    gives the scores by a method ``class_scores``: the score's name, and a value for each class, nan
+    where there is none.
     """
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the metric before Lightning resets it."""
-        ious = pl_module.test_metrics["iou"].compute().tolist()
-        path = log_dir(trainer) / "class_iou.csv"
+        """Reads the scores before Lightning resets the metrics."""
+        title, scores = pl_module.class_scores()
+        key = title.lower()
+        path = log_dir(trainer) / f"class_{key}.csv"
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        rows = list(zip(pl_module.class_names, ious, strict=True))
+        rows = list(zip(pl_module.class_names, scores, strict=True))
         with replacing(path) as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([("class", "iou"), *((n, f"{iou:.6f}") for n, iou in rows)])
-        rows.sort(key=lambda row: row[1])
-        lines = text_table(("class", "IoU"), [(name, f"{iou:.3f}") for name, iou in rows])
+            csv.writer(file).writerows([("class", key), *((n, f"{s:.6f}") for n, s in rows)])
+        rows.sort(key=lambda row: (isnan(row[1]), row[1]))
+        lines = text_table(("class", title), [(name, f"{score:.3f}") for name, score in rows])
         print(*lines, sep="\n")

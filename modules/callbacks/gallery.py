@@ -5,32 +5,26 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..losses import IGNORED
+from ..drawing.base import Drawing, grid, legend
 from ._files import log_dir, publish
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Palette = list[tuple[int, int, int]]
-
-RIGHT, WRONG, VOID = (216, 232, 216), (200, 30, 30), (160, 160, 160)
 
 
 class Gallery(Callback):
     """Draws ``gallery/epoch_<n>.png`` into the log folder after each validation of a fit.
 
-    Each row is a validation sample: the image, its true mask, the predicted one, and where the two
-    differ. The samples are spread over the validation set and stay the same, so that epochs can be
-    compared; ``epoch_000`` is the model before training. The picture also goes to every logger that
-    takes figures or images. A datamodule without ``datasets`` and ``palette``, which litflora's own
-    have, is passed over.
+    Each row is a validation sample beside what the model makes of it and where that is wrong; the
+    module's ``drawing`` says how its task shows these. The samples are spread over the validation
+    set and stay the same, so that epochs can be compared; ``epoch_000`` is the model before
+    training. The picture also goes to every logger that takes figures or images. A datamodule
+    without ``datasets`` and ``palette``, which litflora's own have, is passed over.
 
     Args:
         samples: How many samples are drawn.
@@ -56,72 +50,36 @@ class Gallery(Callback):
         known = hasattr(data, "datasets") and hasattr(data, "palette")
         if not (known and drawn) or trainer.fast_dev_run or find_spec("matplotlib") is None:
             return
-        rows = [self._row(pl_module, sample) for sample in self._chosen(data.datasets["val"])]
+        drawing = pl_module.drawing(data.class_names, data.palette)
+        chosen = _spread(data.datasets["val"], self.samples)
+        rows = [_row(drawing, pl_module, *sample) for sample in chosen]
         path = log_dir(trainer) / "gallery" / f"epoch_{epoch:03d}.png"
         if trainer.is_global_zero:
-            figure = draw(rows, data.class_names, data.palette)
-            publish(trainer, figure, path, "val/gallery")
-
-    def _chosen(self, dataset: Any) -> list[Any]:
-        """Samples from the whole of the set, for neighbours are often alike."""
-        count = min(self.samples, len(dataset))
-        return [dataset[index * len(dataset) // count] for index in range(count)]
-
-    def _row(self, pl_module: Any, sample: Any) -> tuple[Tensor, Tensor, Tensor]:
-        image, mask, _ = sample
-        with torch.inference_mode():
-            ids = pl_module.segment(image.to(pl_module.device))
-        return image, mask, ids.cpu()
+            publish(trainer, draw(drawing, rows), path, "val/gallery")
 
 
-def draw(
-    rows: list[tuple[Tensor, Tensor, Tensor]], class_names: list[str], palette: Palette
-) -> Figure:
-    """Draws images beside their masks.
+def _spread(dataset: Any, count: int) -> list[Any]:
+    """Samples from the whole of a data set, for neighbours are often alike."""
+    count = min(count, len(dataset))
+    return [dataset[index * len(dataset) // count] for index in range(count)]
+
+
+def _row(drawing: Drawing, module: Any, image: Tensor, target: Any, _: str) -> tuple[Any, ...]:
+    with torch.inference_mode():
+        return image, target, drawing.predict(module, image.to(module.device))
+
+
+def draw(drawing: Drawing, rows: list[tuple[Tensor, Any, Any]]) -> Figure:
+    """Draws samples beside what is made of them.
 
     Args:
-        rows: uint8 image ``[3, H, W]``, true and predicted class ids ``[H, W]``.
-        class_names: Names of the classes.
-        palette: Their colours.
+        drawing: How the task draws them.
+        rows: Images, uint8 ``[3, H, W]``, with their targets and what the model found.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    height, width = rows[0][0].shape[-2:]
-    figure = Figure(figsize=(12, 3 * height / width * len(rows) + 1), dpi=100, layout="compressed")
-    grid = figure.subplots(len(rows), 4, squeeze=False)
-    for axes, (image, truth, ids) in zip(grid, rows, strict=True):
-        _show(axes[0], image.permute(1, 2, 0).numpy())
-        _show(axes[1], coloured(truth, palette))
-        _show(axes[2], coloured(ids, palette))
-        _show(axes[3], _errors(truth, ids))
-        share = (ids == truth)[truth != IGNORED].float().mean()
-        axes[3].set_xlabel(f"{share:.1%} of pixels right")
-    for axis, title in zip(grid[0], ("image", "truth", "prediction", "wrong pixels"), strict=True):
+    heights = [image.shape[-2] / image.shape[-1] for image, _, _ in rows]
+    figure, axes = grid(heights, len(drawing.columns))
+    keys = [drawing.compare(line, *row) for line, row in zip(axes, rows, strict=True)]
+    for axis, title in zip(axes[0], drawing.columns, strict=True):
         axis.set_title(title)
-    present = sorted({int(n) for _, *masks in rows for mask in masks for n in mask.unique()})
-    legend = [
-        Patch(color=np.array(palette[n]) / 255, label=class_names[n])
-        for n in present
-        if n < IGNORED
-    ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 8))
+    legend(figure, set().union(*keys))
     return figure
-
-
-def coloured(ids: Tensor, palette: Palette) -> np.ndarray:
-    """Class ids ``[H, W]`` in their colours, ``[H, W, 3]`` uint8; ignored pixels are grey."""
-    colours = np.full((IGNORED + 1, 3), VOID, np.uint8)
-    colours[: len(palette)] = palette
-    return colours[ids.numpy()]
-
-
-def _errors(truth: Tensor, ids: Tensor) -> np.ndarray:
-    kinds = torch.where(truth == IGNORED, 2, (truth != ids).long())
-    return np.array([RIGHT, WRONG, VOID], np.uint8)[kinds.numpy()]
-
-
-def _show(axis: Axes, pixels: np.ndarray) -> None:
-    axis.imshow(pixels, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])

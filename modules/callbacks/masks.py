@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.replacing import replacing
-from ._files import log_dir
+from ._files import log_dir, picture_path
 
 
 class MaskWriter(Callback):
@@ -25,7 +23,7 @@ class MaskWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the folder, which all processes have to do together."""
-        self.folder = log_dir(trainer) / "predictions"
+        self.folder = log_dir(trainer)
 
     def on_predict_batch_end(
         self,
@@ -38,18 +36,17 @@ class MaskWriter(Callback):
     ) -> None:
         """Writes the masks of a batch."""
         data = trainer.datamodule
-        root = getattr(data, "predict_root", None) or getattr(data, "root", None)
         palette = getattr(data, "palette", [])
         if trainer.fast_dev_run:
             return
         for name, ids in zip(outputs["names"], outputs["ids"], strict=True):
-            with replacing(self.folder / f"{_relative(name, root)}.png") as temporary:
+            with replacing(picture_path(data, self.folder, name)) as temporary:
                 picture(ids, palette).save(temporary)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says where the masks are."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            print(f"masks are in {self.folder}")
+            print(f"masks are in {self.folder / 'predictions'}")
 
 
 def picture(ids: Tensor, palette: list[tuple[int, int, int]]) -> Image.Image:
@@ -58,9 +55,3 @@ def picture(ids: Tensor, palette: list[tuple[int, int, int]]) -> Image.Image:
     colours = palette or [(grey, grey, grey) for grey in range(256)]
     image.putpalette([value for colour in colours for value in colour])
     return image
-
-
-def _relative(name: str, root: str | Path | None) -> Path:
-    """A name inside ``root``, or the last part of any other."""
-    inside = root is not None and Path(name).is_relative_to(root)
-    return Path(os.path.relpath(name, root)) if inside else Path(Path(name).name)

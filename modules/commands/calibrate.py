@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import composed
@@ -25,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Times the paths of every kind of layer, prints them, and writes the fastest to a file."""
-    if Path(args.what).is_dir():
-        raise ValueError(f"{args.what} is a folder: give a recipe, such as RUN/config.yaml")
     made = composed.of(args.what, args.overrides)
 
     from rich.console import Console

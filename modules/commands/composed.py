@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..module import TuningModule
+    from .train import LitFloraCLI
 
 
 @dataclass
@@ -27,12 +29,19 @@ class Composed:
     trainer: dict[str, Any]
 
 
-def of(recipe: str, overrides: list[str], weights: str | None = None) -> Composed:
-    """The tuned model of a recipe, with what runs it; nothing is fetched."""
+def built(recipe: str, overrides: list[str]) -> LitFloraCLI:
+    """The model of a recipe, without its network, and its data, which are not set up."""
+    if Path(recipe).is_dir():
+        raise ValueError(f"{recipe} is a folder: give a recipe, such as RUN/config.yaml")
     from .train import build
 
+    return build(["--config", recipe, *overrides])
+
+
+def of(recipe: str, overrides: list[str], weights: str | None = None) -> Composed:
+    """The tuned model of a recipe, with what runs it; nothing is fetched."""
     named = ["--model.init_args.weights", weights] if weights else []
-    made = build(["--config", recipe, *overrides, *named])
+    made = built(recipe, [*overrides, *named])
     model = made.model
     if model.weights == "pretrained":  # shapes are enough
         model.weights = None

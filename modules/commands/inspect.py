@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the recipe or folder; what else is said is kept as overrides of the recipe."""
     parser.add_argument("what", metavar="RECIPE_OR_ADAPTER", help="recipe, YAML file or folder")
     parser.add_argument("--weights", help="base weights in place of those named")
-    parser.epilog = "Any option of fit may follow a recipe: --config tuning/lora, for one."
+    parser.epilog = (
+        "Any option of fit may follow a recipe: --config tuning/lora, for one. "
+        "`litflora inspect data RECIPE` draws training samples."
+    )
 
 
 def run(args: argparse.Namespace) -> None:

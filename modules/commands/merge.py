@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import out
+
 if TYPE_CHECKING:
     from ..classes import ClassesModule
 
@@ -16,17 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="folder that a fit has saved")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--weights", help="base weights, if they are not where the fit found them")
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    out.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Merges, writes the file and says how to load it."""
-    if not args.out.name or args.out.is_dir():
-        raise IsADirectoryError(f"--out {str(args.out)!r} is no file name: give one that is free")
-    if args.out.exists() and not args.force:
-        raise FileExistsError(f"{args.out} exists already: give another name, or --force")
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {args.out.parent} to write to: make it first")
+    out.check(args.out, args.force)
 
     from safetensors.torch import save
 

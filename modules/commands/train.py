@@ -177,6 +177,8 @@ class LitFloraCLI(LightningCLI):
         config = self.config_init[subcommand]
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(newest_checkpoint(self.trainer))
+        if subcommand == "predict":  # callbacks write them, and all of them may fill the memory
+            config.return_predictions = False
         max_epochs = self.trainer.max_epochs if subcommand == "fit" else None
         check_checkpoint(config.get("ckpt_path"), max_epochs)
         folder = own_folder(self.trainer) if self.trainer.is_global_zero else None

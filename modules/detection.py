@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from .adapters import Tuning
 from .average_precision import AveragePrecision
 from .backbones import create_pyramid
+from .callbacks import ClassTable, DetectionWriter, Gallery
 from .classes import ClassesModule
+from .drawing import BoxDrawing, Drawing
 from .heads.detection import DetectionNet, Target, check_detector, finest_stride
 from .optim import OneCycle
 
@@ -31,6 +33,7 @@ class DetectionModule(ClassesModule):
     task: ClassVar[str] = "detection"
     monitor: ClassVar[str] = "val/box_map50"
     least_classes: ClassVar[int] = 1
+    drawing: ClassVar[type[Drawing]] = BoxDrawing
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class DetectionModule(ClassesModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The gallery of a fit, the classes' table of a test, and the files of a prediction."""
-        return []
+        return [Gallery(), ClassTable(), DetectionWriter()]
 
     def build(self) -> nn.Module:
         """Makes the backbone's pyramid and the detector on it."""
@@ -172,6 +175,13 @@ class DetectionModule(ClassesModule):
     def on_test_epoch_end(self) -> None:
         """Logs the precisions of the test set."""
         self._log_precisions("test", self.test_metrics)
+
+    def class_scores(self) -> tuple[str, list[float]]:
+        """The average precision of each class's boxes in the test so far; nan where it has none."""
+        found = self.test_metrics.compute()
+        scores = torch.full((self.num_classes,), float("nan"))
+        scores[found["classes"].view(-1).long()] = found["box_map_per_class"].view(-1)
+        return "AP", scores.where(scores >= 0, float("nan")).tolist()
 
     def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:
         """Returns the ``names`` of the images and what is ``found`` in each."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, load_state_dict
+from torch import nn
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -40,6 +43,45 @@ def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
     names = (classifier,) if isinstance(classifier, str) else classifier
     heads = {**{f"{name}.weight": 0 for name in (*names, "head")}, **CLIP_HEADS}
     return next((shapes[key][dim] for key, dim in heads.items() if key in shapes), None)
+
+
+def holds_whole_net(weights: str | None) -> bool:
+    """Whether weights are a file of a net for dense prediction, as `litflora merge` writes it.
+
+    Args:
+        weights: A path or whatever else stands for weights, see `litflora.backbones.create`.
+    """
+    path = Path(weights or "").expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return any(key.startswith("pyramid.") for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False  # `classes_in_file` says what is wrong with it
+
+
+def load_whole_net(net: nn.Module, weights: str) -> None:
+    """Loads a file of which `holds_whole_net` is true, strictly.
+
+    Raises:
+        ValueError: The file is of another net; names the first key that differs.
+    """
+    state, own = load_file(Path(weights).expanduser()), net.state_dict()
+    reshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
+    differences = [
+        _counted("lacks", [key for key in own if key not in state]),
+        _counted("has no place for", [key for key in state if key not in own]),
+        _counted(
+            "differs at", [f"{k} ({[*state[k].shape]}, not {[*own[k].shape]})" for k in reshaped]
+        ),
+    ]
+    if found := "; ".join(filter(None, differences)):
+        raise ValueError(
+            f"weights file {weights} does not fit this net: it {found}.\n"
+            "Give backbone, head, head_width, img_size and classes as they were when it was merged"
+        )
+    net.load_state_dict(state)
 
 
 def fit_error(path: Path, name: str, error: Exception) -> ValueError:

@@ -23,6 +23,7 @@ def create_pyramid(
     img_size: int | tuple[int, int] | None = None,
     blocks: Sequence[int] | None = None,
     width: int = 256,
+    drop_path: float = 0.0,
 ) -> Pyramid:
     """Builds a backbone without classifier that gives feature maps.
 
@@ -35,10 +36,12 @@ def create_pyramid(
             call, by the models that can.
         blocks: Blocks of a plain ViT whose maps are wanted, see `Pyramid`.
         width: Channels of a plain ViT's simple feature pyramid, see `Pyramid`.
+        drop_path: Stochastic depth of the backbone, see `create`.
 
     Raises:
         FileNotFoundError: If the weights file does not exist.
-        ValueError: If the name, the size, the weights or the blocks cannot be used.
+        ValueError: If the name, the size, the weights, the blocks or the probability cannot be
+            used.
     """
     check_name(name)
     sketch = Pyramid(without_weights(name), blocks, width)  # refuses before weights are fetched
@@ -46,7 +49,7 @@ def create_pyramid(
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
         height, breadth = (side + -side % sketch.divisor for side in sides)
         img_size = (height, breadth)
-    return Pyramid(build(name, weights, 0, img_size), blocks, width)
+    return Pyramid(build(name, weights, 0, img_size, drop_path), blocks, width)
 
 
 class Wrapper(nn.Module):

@@ -31,7 +31,7 @@ class DenseModule(ClassesModule):
         super().__init__(**options)
         self.neck_tuning = neck_tuning
         self.head_tuning = head_tuning
-        if isinstance(self.tuning, PerModule) and self._part_tunings():
+        if isinstance(self.tuning, PerModule) and self.part_tunings():
             raise ValueError(
                 "tuning is a PerModule, which names every module itself: give it neck and head too"
             )
@@ -52,23 +52,24 @@ class DenseModule(ClassesModule):
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of backbone, neck and head, if they do not train whole."""
-        if not self._part_tunings():
+        if not self.part_tunings():
             return self.tuning
         modules = dict.fromkeys(net.parts()["backbone"], self.tuning)
-        for part, tuning in self._part_tunings().items():
+        for part, tuning in self.part_tunings().items():
             names = net.parts()[part]
             if not names:
                 raise ValueError(f"{self.backbone} needs no {part}: leave {part}_tuning out")
             modules |= dict.fromkeys(names, tuning)
         return PerModule(modules)
 
-    def _part_tunings(self) -> dict[str, Tuning]:
+    def part_tunings(self) -> dict[str, Tuning]:
+        """The tunings of neck and head, of those that do not simply train whole."""
         asked = {"neck": self.neck_tuning, "head": self.head_tuning}
         return {part: tuning for part, tuning in asked.items() if tuning is not None}
 
     def _refuse_random_base(self) -> None:
         """Raises if what starts at random would stay so."""
-        for part, tuning in self._part_tunings().items():
+        for part, tuning in self.part_tunings().items():
             if self.adapter is None and not isinstance(tuning, Full):
                 raise ValueError(
                     f"{part}_tuning {type(tuning).__name__} keeps the {part}'s base, which is "

@@ -93,6 +93,14 @@ def test_accumulated_batches_are_one_step(base, tmp_path):
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_the_average_has_the_type_of_the_weights(base, tmp_path, precision):
+    made, watch, _ = fit(base, tmp_path, precision=precision)
+    expected = average(watch.steps)
+    for name, value in trained(made).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+
+
 def test_the_adapter_folder_holds_the_average(base, tmp_path):
     made, _, _ = fit(base, tmp_path)
     again = from_adapter(tmp_path / "adapter")

@@ -16,7 +16,12 @@ class DenseModule(ClassesModule):
 
     A task makes its network in ``assemble``. The network has a method ``parts``, which gives the
     names of the modules of its "backbone", "neck" and "head".
+
+    Attributes:
+        backbone: Name of the backbone, which a task keeps.
     """
+
+    backbone: str
 
     def __init__(
         self, neck_tuning: Tuning | None = None, head_tuning: Tuning | None = None, **options: Any
@@ -33,7 +38,7 @@ class DenseModule(ClassesModule):
         self.head_tuning = head_tuning
         if isinstance(self.tuning, PerModule) and self.part_tunings():
             raise ValueError(
-                "tuning is a PerModule, which names every module itself: give it neck and head too"
+                "tuning is a PerModule: name neck and head in it, not by neck_tuning and head_tuning"
             )
 
     def assemble(self, weights: str | None) -> nn.Module:
@@ -58,12 +63,12 @@ class DenseModule(ClassesModule):
         for part, tuning in self.part_tunings().items():
             names = net.parts()[part]
             if not names:
-                raise ValueError(f"{self.backbone} needs no {part}: leave {part}_tuning out")
+                raise ValueError(f"{self.backbone} has no {part} here: leave {part}_tuning out")
             modules |= dict.fromkeys(names, tuning)
         return PerModule(modules)
 
     def part_tunings(self) -> dict[str, Tuning]:
-        """The tunings of neck and head, of those that do not simply train whole."""
+        """The tunings of neck and head, where they were given."""
         asked = {"neck": self.neck_tuning, "head": self.head_tuning}
         return {part: tuning for part, tuning in asked.items() if tuning is not None}
 

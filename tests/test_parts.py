@@ -242,6 +242,14 @@ def test_an_adapter_of_all_parts_is_read_again_bit_for_bit(whole, tmp_path, fami
     assert tuning["modules"]["head"]["class"] == "LoRA"
 
 
+def test_a_frozen_head_stays_frozen_where_nothing_is_adapted(whole, tmp_path):
+    made = fitted(whole["convnext"], tmp_path, tuning=NormTuning(), head_tuning=Frozen())
+    again = from_adapter(tmp_path / "adapter")
+    again.configure_model()
+    assert trained(again) == trained(made)
+    assert not [name for name in trained(again) if part_of(name) == "head"]
+
+
 def test_merging_what_was_tuned_on_a_merged_file(whole, tmp_path):
     made = fitted(whole["convnext"], tmp_path, tuning=LoRA(rank=2), head_tuning=LoRA(rank=2)).eval()
     file = tmp_path / "again.safetensors"
@@ -373,7 +381,7 @@ def test_a_head_that_trains_whole_needs_no_weights():
 
 
 def test_a_net_without_neck_says_so(whole):
-    with pytest.raises(ValueError, match="convnext_shapes needs no neck: leave neck_tuning out"):
+    with pytest.raises(ValueError, match="convnext_shapes has no neck here: leave neck_tuning out"):
         built("convnext", whole["convnext"], neck_tuning=Frozen())
 
 
@@ -392,6 +400,11 @@ def test_per_module_beside_part_tunings():
 def test_a_file_of_another_net(whole, options, said):
     with pytest.raises(ValueError, match=said):
         built("vit", whole["vit"], **options)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="weights file .* does not exist"):
+        built("vit", str(tmp_path / "gone.safetensors"), head_tuning=LoRA())
 
 
 def test_a_file_of_other_classes(whole):

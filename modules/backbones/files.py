@@ -23,11 +23,7 @@ def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
         path: The file.
         config: timm's description of the model, which names its classifier.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights file {path} does not exist: give the path of a {', '.join(SUFFIXES)} file, "
-            "'pretrained', or null"
-        )
+    _check_exists(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"weights file {path} must end in one of {', '.join(SUFFIXES)}")
     try:
@@ -50,10 +46,14 @@ def holds_whole_net(weights: str | None) -> bool:
 
     Args:
         weights: A path or whatever else stands for weights, see `litflora.backbones.create`.
+
+    Raises:
+        FileNotFoundError: If there is no file at that path.
     """
     path = Path(weights or "").expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix != ".safetensors":
         return False
+    _check_exists(path)
     try:
         with safe_open(path, "pt") as file:
             return any(key.startswith("pyramid.") for key in file.keys())  # noqa: SIM118
@@ -82,6 +82,14 @@ def load_whole_net(net: nn.Module, weights: str) -> None:
             "Give backbone, head, head_width, img_size and classes as they were when it was merged"
         )
     net.load_state_dict(state)
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights file {path} does not exist: give the path of a {', '.join(SUFFIXES)} file, "
+            "'pretrained', or null"
+        )
 
 
 def fit_error(path: Path, name: str, error: Exception) -> ValueError:

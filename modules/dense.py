@@ -38,7 +38,7 @@ class DenseModule(ClassesModule):
         self.head_tuning = head_tuning
         if isinstance(self.tuning, PerModule) and self.part_tunings():
             raise ValueError(
-                "tuning is a PerModule: name neck and head in it, not by neck_tuning and head_tuning"
+                "tuning is a PerModule: name neck and head in it, not by tunings of their own"
             )
 
     def assemble(self, weights: str | None) -> nn.Module:

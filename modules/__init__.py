@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from . import datamodules as datamodules
     from .adapters import BitFit as BitFit
     from .adapters import FLoRA as FLoRA
+    from .adapters import Frozen as Frozen
     from .adapters import Full as Full
     from .adapters import LoRA as LoRA
     from .adapters import NormTuning as NormTuning
+    from .adapters import PerModule as PerModule
     from .adapters import Probe as Probe
     from .classification import ClassificationModule as ClassificationModule
     from .detection import DetectionModule as DetectionModule
@@ -35,7 +37,8 @@ _HOMES = {
     "SegmentationModule": "segmentation",
     "TuningModule": "module",
     "from_adapter": "module",
-    **dict.fromkeys(("BitFit", "FLoRA", "Full", "LoRA", "NormTuning", "Probe"), "adapters"),
+    **dict.fromkeys(("BitFit", "FLoRA", "Frozen", "Full", "LoRA"), "adapters"),
+    **dict.fromkeys(("NormTuning", "PerModule", "Probe"), "adapters"),
 }
 __all__ = ["__version__", *_PACKAGES, *_HOMES]
 

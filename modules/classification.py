@@ -58,6 +58,7 @@ class ClassificationModule(ClassesModule):
         class_weights: list[float] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -79,6 +80,8 @@ class ClassificationModule(ClassesModule):
             class_weights: Weight of each class in the loss.
             mixup: Alpha of mixup; 0 is none. With cutmix, each batch gets one or the other.
             cutmix: Alpha of cutmix; 0 is none.
+            drop_path: Probability that the last block of the backbone is left out in training;
+                that of earlier blocks falls to 0 (stochastic depth).
         """
         super().__init__(
             num_classes=num_classes,
@@ -100,6 +103,7 @@ class ClassificationModule(ClassesModule):
             raise ValueError(f"mixup and cutmix must be 0 or more, not {mixup} and {cutmix}")
         self.backbone = backbone
         self.img_size = img_size
+        self.drop_path = drop_path
         self.label_smoothing = label_smoothing
         weight = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weight, persistent=False)
@@ -118,7 +122,8 @@ class ClassificationModule(ClassesModule):
 
     def build(self) -> nn.Module:
         """Makes the timm model."""
-        return backbones.create(self.backbone, self.weights, self.num_classes, self.img_size)
+        options = self.weights, self.num_classes, self.img_size, self.drop_path
+        return backbones.create(self.backbone, *options)
 
     def plain_code(self) -> tuple[str, str]:
         """A call of plain timm."""

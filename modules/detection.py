@@ -13,7 +13,7 @@ from .adapters import Tuning
 from .average_precision import AveragePrecision
 from .backbones import create_pyramid
 from .callbacks import ClassTable, DetectionWriter, Gallery
-from .classes import ClassesModule
+from .dense import DenseModule
 from .drawing import BoxDrawing, Drawing
 from .heads.detection import DetectionNet, Target, check_detector, finest_stride
 from .optim import OneCycle
@@ -23,7 +23,7 @@ TrainBatch = tuple[Tensor, list[Target]]
 Batch = tuple[list[Tensor], list[Target]]
 
 
-class DetectionModule(ClassesModule):
+class DetectionModule(DenseModule):
     """Tunes a timm backbone, and trains one of torchvision's detectors on it.
 
     It logs ``train/loss``, the detector's own losses, and for validation and test COCO's average
@@ -46,12 +46,15 @@ class DetectionModule(ClassesModule):
         anchor_scale: float | None = None,
         detector_options: dict[str, float] | None = None,
         tuning: Tuning | None = None,
+        neck_tuning: Tuning | None = None,
+        head_tuning: Tuning | None = None,
         img_size: int | list[int] | None = None,
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
         head_lr: float | None = None,
         layer_decay: float | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -60,7 +63,8 @@ class DetectionModule(ClassesModule):
             num_classes: Number of classes, without background; the command line takes it from the
                 data.
             class_names: Names of the classes, in order; the command line takes them from the data.
-            weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None.
+            weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None. A file
+                that `litflora merge` wrote has weights of the feature pyramid and the head, too.
             detector: faster_rcnn, mask_rcnn, retinanet or fcos.
             head_width: Channels of the feature pyramid and of the heads on it.
             anchor_scale: Side of the anchors in strides of their map; None is as published: 8, for
@@ -68,21 +72,28 @@ class DetectionModule(ClassesModule):
             detector_options: Other numbers that torchvision's class takes, such as
                 ``box_score_thresh``.
             tuning: What is trained of the backbone; None is ``FLoRA()``. If it names no targets,
-                the layers that suit the backbone are adapted. All else always trains.
+                the layers that suit the backbone are adapted.
+            neck_tuning: What is trained of the feature pyramid; None trains it whole.
+            head_tuning: What is trained of the head; None trains it whole. Any but `Full` needs
+                weights of the head: those of a merged file.
             img_size: Side, or height and width, of the training images in pixels, which others are
                 resized to fit; None is the backbone's own.
-            adapter: Folder of a saved adapter to start from, in place of ``tuning``.
+            adapter: Folder of a saved adapter to start from, in place of all tunings.
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
             head_lr: Learning rate of all but the backbone; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            drop_path: Probability that the last block of the backbone is left out in training;
+                that of earlier blocks falls to 0 (stochastic depth).
         """
         super().__init__(
             num_classes=num_classes,
             class_names=class_names,
             weights=weights,
             tuning=tuning,
+            neck_tuning=neck_tuning,
+            head_tuning=head_tuning,
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -96,6 +107,7 @@ class DetectionModule(ClassesModule):
         self.anchor_scale = anchor_scale
         self.detector_options = detector_options
         self.img_size = img_size
+        self.drop_path = drop_path
         self.masks = detector == "mask_rcnn"
         self.val_metrics = AveragePrecision(self.masks)
         self.test_metrics = AveragePrecision(self.masks, per_class=True)
@@ -104,10 +116,11 @@ class DetectionModule(ClassesModule):
         """The gallery of a fit, the classes' table of a test, and the files of a prediction."""
         return [Gallery(), ClassTable(), DetectionWriter()]
 
-    def build(self) -> nn.Module:
+    def assemble(self, weights: str | None) -> nn.Module:
         """Makes the backbone's pyramid and the detector on it."""
         width, finest = self.head_width, finest_stride(self.detector)
-        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, None, width, finest)
+        options = {"width": width, "finest": finest, "drop_path": self.drop_path}
+        pyramid = create_pyramid(self.backbone, weights, self.img_size, **options)
         own = pyramid.pretrained_cfg["input_size"][1:]
         sides = (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size or own
         return DetectionNet(

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import adapters
-from .adapters import FLoRA, Tuning, inject, load, read_config
+from .adapters import FLoRA, PerModule, Tuning, inject, load, read_config
 from .adapters.layers import origin_of
-from .backbones import default_targets, normalization
+from .adapters.targets import is_inside
+from .backbones import normalization, with_targets
 from .drawing import Drawing
 from .heads import classifier_names
-from .optim import OneCycle, build_optimizer, default_optimizer, scheduler_config
+from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -115,12 +116,12 @@ class TuningModule(LightningModule):
         if self.net is not None:
             return
         net = self.build()
-        heads = classifier_names(net)
+        tuning = self.tuning_of(net)
         if self.adapter is None:
-            inject(net, _with_targets(self.tuning, net), train=heads)
+            inject(net, with_targets(net, tuning), train=_whole_heads(net, tuning.to_dict()))
         else:
-            load(net, self.adapter)
-            for head in heads:  # other libraries' adapters may come without one
+            saved = load(net, self.adapter).get("tuning") or tuning.to_dict()
+            for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
                 net.get_submodule(head).requires_grad_(True)
         if self.weights is None and not all(p.requires_grad for p in net.parameters()):
             rank_zero_warn("weights is null: the frozen base is random, and no run can remake it")
@@ -129,6 +130,10 @@ class TuningModule(LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.net = net
         self.train(self.training)
+
+    def tuning_of(self, net: nn.Module) -> Tuning:
+        """What is trained of ``net``, besides the heads that a `PerModule` does not name."""
+        return self.tuning
 
     def normalize(self, images: Tensor) -> Tensor:
         """Brings uint8 images, or floats in [0, 1], to what the base was trained on."""
@@ -145,15 +150,15 @@ class TuningModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over adapters, head and whatever else trains."""
         assert self.net is not None
-        heads = classifier_names(self.net)
         origin = origin_of(self.net, "default").tuning  # of a loaded adapter, too
-        method = origin.get("class", type(self.tuning).__name__)
+        method, factors = methods_of(origin or self.tuning_of(self.net).to_dict())
         optimizer = build_optimizer(
             self.optimizer_factory or default_optimizer(method, _may_fuse(self._trainer)),
             self.net,
-            heads,
+            classifier_names(self.net),
             self.head_lr,
             self.layer_decay,
+            None if self.optimizer_factory else factors,
         )
         if self.scheduler_factory is None:
             return optimizer
@@ -281,10 +286,11 @@ def _may_fuse(trainer: Trainer | None) -> bool:
     return not (mixed and trainer.gradient_clip_val)
 
 
-def _with_targets(tuning: Tuning, net: nn.Module) -> Tuning:
-    if getattr(tuning, "targets", ()) is not None:
-        return tuning
-    return dataclasses.replace(tuning, targets=default_targets(net, tuning))
+def _whole_heads(net: nn.Module, tuning: dict[str, Any]) -> list[str]:
+    """The heads that train whole: those that the tuning, in plain values, names nothing in."""
+    named = tuning.get("modules", {})
+    heads = classifier_names(net)
+    return [head for head in heads if not any(is_inside(module, [head]) for module in named)]
 
 
 def _trains(module: nn.Module) -> bool:
@@ -298,6 +304,9 @@ def _path_of(thing: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, PerModule):
+        modules = {name: _plain(tuning) for name, tuning in value.modules.items()}
+        return {"class_path": _path_of(PerModule), "init_args": {"modules": modules}}
     if isinstance(value, Tuning):
         settings = dataclasses.asdict(value)
         for key in ("targets", "exclude"):

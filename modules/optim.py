@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from .adapters import trainable_parameters
+from .adapters.targets import is_inside
 
 # Learning rates of AdamW by tuning, where OTHERS does not suit it. FLoRA's factors turn little at
 # first, while its core is small (docs/results.md has what was tried).
@@ -84,8 +85,22 @@ def default_optimizer(tuning: str, may_fuse: bool = True) -> Callable[..., Optim
         tuning: Class name of the tuning.
         may_fuse: Whether the step is torch's fused one where every parameter allows it.
     """
-    rate = LEARNING_RATES.get(tuning, OTHERS)
-    return partial(_adamw, may_fuse=may_fuse, lr=rate, weight_decay=0.05)
+    return partial(_adamw, may_fuse=may_fuse, lr=_rate(tuning), weight_decay=0.05)
+
+
+def methods_of(tuning: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The method that gives a tuning its default learning rate.
+
+    Args:
+        tuning: A tuning as plain values, see `Tuning.to_dict`.
+
+    Returns:
+        The class name of the tuning, or of the first one of a `PerModule`; and, by module, how
+        many times the rate of that method the module's own method has.
+    """
+    parts = {module: part["class"] for module, part in tuning.get("modules", {}).items()}
+    method = next(iter(parts.values()), tuning["class"])
+    return method, {module: _rate(own) / _rate(method) for module, own in parts.items()}
 
 
 def build_optimizer(
@@ -94,6 +109,7 @@ def build_optimizer(
     heads: Sequence[str],
     head_lr: float | None = None,
     layer_decay: float | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Builds an optimizer over what trains in ``net``, in groups.
 
@@ -104,18 +120,21 @@ def build_optimizer(
         factory: Makes the optimizer from parameter groups.
         net: A timm model, some of whose parameters train.
         heads: Names of the classifier modules.
-        head_lr: Learning rate of the head; None is the optimizer's.
+        head_lr: Learning rate of the head, and of adapters in it; None is the optimizer's.
         layer_decay: Ratio of the rates of neighbouring layers; None is 1.
+        factors: What the optimizer's rate is multiplied by, for the modules named.
     """
     scale = _layer_scales(net, layer_decay)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     trained = trainable_parameters(net)
     undecayed = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
     for name, parameter in {**trained["adapters"], **trained["other"]}.items():
-        kind = _kind(name, heads, name in trained["adapters"])
-        decays = kind != "adapters" and parameter.ndim > 1 and name not in undecayed
-        factor = 1.0 if kind == "head" else scale.get(name, 1.0)
-        label = kind if decays or kind == "adapters" else f"{kind}_1d"
+        adapter, head = name in trained["adapters"], is_inside(name, heads)
+        kind = ("head_adapters" if head else "adapters") if adapter else "head" if head else "base"
+        decays = not adapter and parameter.ndim > 1 and name not in undecayed
+        factor = 1.0 if head else scale.get(name, 1.0)
+        factor *= next((own for part, own in (factors or {}).items() if is_inside(name, [part])), 1)
+        label = kind if decays or adapter else f"{kind}_1d"
         group = groups.setdefault((label, factor), {"params": [], "name": _label(label, factor)})
         group["params"].append(parameter)
         if not decays:
@@ -207,10 +226,8 @@ def _keep_implementation(optimizer: Optimizer, saved: dict[str, Any]) -> dict[st
     return {**saved, "state": state, "param_groups": groups}
 
 
-def _kind(name: str, heads: Sequence[str], adapter: bool) -> str:
-    if adapter:
-        return "adapters"
-    return "head" if any(name.startswith(f"{head}.") for head in heads) else "base"
+def _rate(tuning: str) -> float:
+    return LEARNING_RATES.get(tuning, OTHERS)
 
 
 def _label(label: str, factor: float) -> str:

@@ -12,7 +12,8 @@ from torchmetrics import MetricCollection
 from .adapters import Tuning
 from .backbones import create_pyramid
 from .callbacks import ClassTable, Gallery, MaskWriter
-from .classes import ClassesModule, check_length
+from .classes import check_length
+from .dense import DenseModule
 from .drawing import Drawing, MaskDrawing
 from .heads.segmentation import SegmentationNet, create_head
 from .losses import SegmentationLoss
@@ -25,7 +26,7 @@ TrainBatch = tuple[Tensor, Tensor]
 Batch = tuple[list[Tensor], list[Tensor]]
 
 
-class SegmentationModule(ClassesModule):
+class SegmentationModule(DenseModule):
     """Tunes a timm backbone, and trains a decoder on it, to give each pixel a class.
 
     It logs ``train/loss`` and, for validation and test, the mean intersection over union of the
@@ -46,6 +47,8 @@ class SegmentationModule(ClassesModule):
         head: str = "segformer",
         head_width: int = 256,
         tuning: Tuning | None = None,
+        neck_tuning: Tuning | None = None,
+        head_tuning: Tuning | None = None,
         img_size: int | list[int] | None = None,
         blocks: list[int] | None = None,
         losses: dict[str, float] | None = None,
@@ -56,6 +59,7 @@ class SegmentationModule(ClassesModule):
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
         head_lr: float | None = None,
         layer_decay: float | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -63,11 +67,15 @@ class SegmentationModule(ClassesModule):
             backbone: A timm model name, or ``convnext_shapes``.
             num_classes: Number of classes; the command line takes it from the data.
             class_names: Names of the classes, in order; the command line takes them from the data.
-            weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None.
+            weights: ``pretrained``, a local file, ``embedded`` (convnext_shapes), or None. A file
+                that `litflora merge` has written is of backbone, neck and head.
             head: The decoder: linear, unet, fpn, upernet, segformer, dpt or deeplabv3plus.
             head_width: Channels that the decoder works in, and a plain ViT's pyramid.
             tuning: What is trained of the backbone; None is ``FLoRA()``. If it names no targets,
-                the layers that suit the backbone are adapted. The head always trains.
+                the layers that suit the backbone are adapted.
+            neck_tuning: What is trained of a plain ViT's feature pyramid; None trains it whole.
+            head_tuning: What is trained of the head; None trains it whole. Any but `Full` needs
+                weights of the head: those of a merged file.
             img_size: Side, or height and width, of the training images in pixels; None is the
                 backbone's own.
             blocks: Blocks of a ViT whose maps the head gets, in place of a feature pyramid.
@@ -75,18 +83,22 @@ class SegmentationModule(ClassesModule):
                 cross_entropy alone.
             class_weights: Weight of each class in the cross-entropy.
             inference: How images are evaluated; None is each as a whole.
-            adapter: Folder of a saved adapter to start from, in place of ``tuning``.
+            adapter: Folder of a saved adapter to start from, in place of all tunings.
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
-            head_lr: Learning rate of the head; None is the optimizer's.
+            head_lr: Learning rate of neck and head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            drop_path: Probability that the last block of the backbone is left out in training;
+                that of earlier blocks falls to 0 (stochastic depth).
         """
         super().__init__(
             num_classes=num_classes,
             class_names=class_names,
             weights=weights,
             tuning=tuning,
+            neck_tuning=neck_tuning,
+            head_tuning=head_tuning,
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -99,6 +111,7 @@ class SegmentationModule(ClassesModule):
         self.head_width = head_width
         self.img_size = img_size
         self.blocks = blocks
+        self.drop_path = drop_path
         self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, class_weights)
         self.inference = Whole() if inference is None else inference
         metrics = segmentation_metrics(num_classes)
@@ -109,10 +122,10 @@ class SegmentationModule(ClassesModule):
         """The gallery of a fit, the classes' table of a test, and the masks of a prediction."""
         return [Gallery(), ClassTable(), MaskWriter()]
 
-    def build(self) -> nn.Module:
+    def assemble(self, weights: str | None) -> nn.Module:
         """Makes the backbone's pyramid and the head on it."""
-        width = self.head_width
-        pyramid = create_pyramid(self.backbone, self.weights, self.img_size, self.blocks, width)
+        width, options = self.head_width, (self.img_size, self.blocks, self.head_width)
+        pyramid = create_pyramid(self.backbone, weights, *options, drop_path=self.drop_path)
         maps = pyramid.channels, pyramid.strides
         head = create_head(self.head, *maps, self.num_classes, width)
         return SegmentationNet(pyramid, head)

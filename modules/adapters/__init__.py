@@ -23,7 +23,8 @@ from .inject import (
 )
 from .lora import LoRA, LoRADelta
 from .merging import MergeReport, merge, unmerge
-from .selective import BitFit, Full, NormTuning, Probe, Selective
+from .per_module import PerModule
+from .selective import BitFit, Frozen, Full, NormTuning, Probe, Selective
 from .summary import Summary, summary
 from .tuning import DeltaTuning, Parts, Tuning
 
@@ -34,12 +35,14 @@ __all__ = [
     "DeltaTuning",
     "FLoRA",
     "FLoRADelta",
+    "Frozen",
     "Full",
     "LoRA",
     "LoRADelta",
     "MergeReport",
     "NormTuning",
     "Parts",
+    "PerModule",
     "Probe",
     "Selective",
     "Summary",

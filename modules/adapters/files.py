@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .fingerprint import base_tensors, check, fingerprint, first_difference, running_buffers
-from .inject import Planned, adapter_names, attach, check_name, resolve_modules
+from .inject import adapter_names, attach, check_name
 from .layers import Origin, adapted_layers, origin_of
+from .planning import Planned, resolve_modules
 from .split import SplitDelta, part_info
 from .targets import candidates, refuse_lazy, refuse_unusable
 

@@ -6,40 +6,22 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .delta import Delta, WeightInfo
+from .delta import Delta
 from .errors import AdapterError
 from .layers import AdapterSet, Origin, adapt, adapted_layers, restore
+from .per_module import PerModule
+from .planning import Planned, plan, resolve_modules
 from .recompute import is_pointwise, note
 from .selective import Selective
-from .split import split
 from .summary import Summary, summary
-from .targets import (
-    Candidate,
-    candidates,
-    head_names,
-    is_inside,
-    match_names,
-    nearest,
-    refuse_lazy,
-    refuse_unusable,
-    select,
-)
-from .tuning import DeltaTuning, Tuning
-
-
-@dataclass
-class Planned:
-    """A delta that is built and waits to be attached."""
-
-    candidate: Candidate
-    delta: Delta
+from .targets import candidates, head_names, is_inside, refuse_lazy
+from .tuning import Tuning
 
 
 def inject(
@@ -49,8 +31,9 @@ def inject(
 
     Args:
         model: Any module; its task head (timm's ``get_classifier``, or a child called head,
-            heads, fc, classifier or lm_head) is never adapted.
-        tuning: What to add, such as ``FLoRA(rank=8)``, or what to train, such as ``BitFit()``.
+            heads, fc, classifier or lm_head) is never adapted, unless `PerModule` names it.
+        tuning: What to add, such as ``FLoRA(rank=8)``, what to train, such as ``BitFit()``, or
+            either for each module (see `PerModule`).
         name: Name of the adapter. A second adapter under another name joins the first and takes
             its place as the active one (see `activate`).
         train: Names of modules that stay trainable as they are, above all the head.
@@ -64,26 +47,34 @@ def inject(
     """
     refuse_lazy(model)
     trained = resolve_modules(model, train)
+    if not isinstance(tuning, Selective):
+        check_name(model, name)
+    planned, selected = plan(model, tuning, trained)
     own = {id(p) for module in trained for p in model.get_submodule(module).parameters()}
-    planned: list[Planned] = []
-    if isinstance(tuning, Selective):
-        own |= {id(parameter) for parameter in tuning.select(model)}
-        _refuse_selective(model, tuning, own)
-    elif isinstance(tuning, DeltaTuning):
-        planned = plan(model, tuning, name, trained)
-    else:
-        raise AdapterError(f"tuning must be a Tuning such as FLoRA(rank=8), not {tuning!r}")
+    own |= {id(parameter) for parameter in selected}
+    what = type(tuning).__name__
+    if adapter_names(model) and (selected or not planned):
+        raise AdapterError(f"{what} trains the base, and the model has adapters: unload them first")
+    if not own and not planned:
+        raise AdapterError(f"{what} trains nothing here: name the head, as in train=['head']")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in own)
     names = (key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in own)
     attach(model, name, planned, Origin(tuning.to_dict(), frozenset(names)))
     report = summary(model)
-    frozen = [head for head in head_names(model) if not is_inside(head, trained)]
+    frozen = [head for head in head_names(model) if not _is_settled(head, trained, tuning)]
     if planned and frozen:
         report.warnings.append(f"{frozen[0]} is the head and is frozen: train={frozen} trains it")
     if planned and getattr(tuning, "targets", ()) is None:
         report.warnings += _passed_over(model, len(planned))
     return report
+
+
+def _is_settled(head: str, trained: Sequence[str], tuning: Tuning) -> bool:
+    """Whether it was said what becomes of a head."""
+    parts = tuning.modules if isinstance(tuning, PerModule) else {}
+    whole = [module for module, part in parts.items() if isinstance(part, Selective)]
+    return is_inside(head, [*trained, *whole]) or any(is_inside(part, [head]) for part in parts)
 
 
 def _passed_over(model: nn.Module, adapted: int) -> list[str]:
@@ -92,25 +83,6 @@ def _passed_over(model: nn.Module, adapted: int) -> list[str]:
     if left <= adapted:
         return []
     return [f"{left} convolutions beyond 1x1 are not adapted: targets='all' adapts them too"]
-
-
-def plan(model: nn.Module, tuning: DeltaTuning, name: str, trained: Sequence[str]) -> list[Planned]:
-    """Builds every delta that a tuning asks for, without touching the model."""
-    check_name(model, name)
-    everything = candidates(model)
-    heads = [*head_names(model), *trained]
-    pool = [c for c in everything if not is_inside(c.layer, heads) or c.layer == ""]
-    targets = _as_list("linear" if tuning.targets is None else tuning.targets)
-    _refuse_heads(targets, pool, everything, heads)
-    chosen = select(pool, targets)
-    excluded = {c.info.name for c in select(everything, _as_list(tuning.exclude), "exclude")}
-    chosen = [c for c in chosen if c.info.name not in excluded]
-    if not chosen:
-        raise AdapterError(f"exclude={tuning.exclude!r} leaves nothing of targets={targets!r}")
-    for candidate in chosen:
-        refuse_unusable(candidate, model)
-    overrides = _overrides(tuning, chosen)
-    return [Planned(c, _build(tuning, c.info, overrides[c.info.name])) for c in chosen]
 
 
 def attach(model: nn.Module, name: str, planned: Sequence[Planned], origin: Origin) -> None:
@@ -139,72 +111,6 @@ def check_name(model: nn.Module, name: str) -> None:
             f"the model has an adapter {name!r} already: delete it or take another name"
         )
     _refuse_merged(model, "add an adapter")
-
-
-def _build(tuning: DeltaTuning, info: WeightInfo, overrides: dict[str, Any]) -> Delta:
-    parts = overrides.pop("parts", None)
-    if parts is not None:
-        whole = split(info, parts, lambda part: _build(tuning, part, dict(overrides)))
-        whole.recompute = tuning.recompute == "pointwise"
-        return whole
-    delta = tuning.build(info, overrides)
-    delta.recompute = tuning.recompute == "pointwise"
-    if (tuning.dropout > 0 or tuning.path == "side") and not (info.has_side and delta.tucker()):
-        wish = "path='side'" if tuning.path == "side" else "dropout"
-        raise AdapterError(
-            f"{info.name} has no side path, which {wish} needs: exclude it, or leave {wish} off"
-        )
-    return delta
-
-
-def _refuse_selective(model: nn.Module, tuning: Selective, own: set[int]) -> None:
-    what = type(tuning).__name__
-    if adapter_names(model):
-        raise AdapterError(f"{what} trains the base, and the model has adapters: unload them first")
-    if not own:
-        raise AdapterError(f"{what} trains nothing here: name the head, as in train=['head']")
-
-
-def _overrides(tuning: DeltaTuning, chosen: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
-    """The settings given by pattern, for each chosen weight; the first pattern that fits wins."""
-    found: dict[str, dict[str, Any]] = {candidate.info.name: {} for candidate in chosen}
-    for setting, patterns in tuning.patterns().items():
-        for pattern, value in patterns.items():
-            for candidate in select(chosen, [pattern], setting):
-                found[candidate.info.name].setdefault(setting, value)
-    return found
-
-
-def _refuse_heads(
-    targets: list[Any], pool: list[Candidate], everything: list[Candidate], heads: list[str]
-) -> None:
-    """Says of a target that names the head alone why it is refused."""
-    for target in targets:
-        try:
-            select(pool, [target])
-        except AdapterError:
-            hits = select(everything, [target])  # raises the first error again if there is none
-            raise AdapterError(
-                f"targets: {target!r} names only {hits[0].layer}, which is the task head: "
-                f"it is trained whole, by train=[{hits[0].layer!r}], not adapted"
-            ) from None
-
-
-def resolve_modules(model: nn.Module, train: Sequence[str]) -> list[str]:
-    """Names of the modules that the patterns of ``train`` name; raises if one names none."""
-    names = [name for name, _ in model.named_modules() if name]
-    found: list[str] = []
-    for pattern in _as_list(train):
-        # An exact name means that module, not every inner one whose name ends the same.
-        hits = [pattern] if pattern in names else match_names(pattern, names)
-        if not hits:
-            raise AdapterError(f"train: {pattern!r} matches no module. {nearest(pattern, names)}")
-        found += hits
-    return found
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:

@@ -39,6 +39,15 @@ class Probe(Selective):
 
 
 @dataclass
+class Frozen(Selective):
+    """Nothing trains."""
+
+    def select(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """None of them."""
+        return iter(())
+
+
+@dataclass
 class BitFit(Selective):
     """The biases train (Ben Zaken et al., arXiv 2106.10199), a norm layer's among them."""
 

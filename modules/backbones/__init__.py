@@ -6,6 +6,13 @@ Every ConvNeXt and ViT of timm is supported, and others as far as timm's uniform
 
 from .create import create, normalization
 from .pyramid import Pyramid, create_pyramid
-from .targets import default_targets
+from .targets import default_targets, with_targets
 
-__all__ = ["Pyramid", "create", "create_pyramid", "default_targets", "normalization"]
+__all__ = [
+    "Pyramid",
+    "create",
+    "create_pyramid",
+    "default_targets",
+    "normalization",
+    "with_targets",
+]

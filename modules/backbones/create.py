@@ -25,6 +25,7 @@ def create(
     weights: str | None = "pretrained",
     num_classes: int = 1000,
     img_size: int | None = None,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Builds a classification backbone.
 
@@ -38,22 +39,29 @@ def create(
             as many, otherwise it starts afresh.
         img_size: Side of the input images in pixels; None is the model's own. Position
             embeddings are resampled to it.
+        drop_path: Probability that the last block is left out for a sample in training; that of
+            earlier blocks falls linearly to 0 (stochastic depth, Huang et al., arXiv:1603.09382).
 
     Raises:
         FileNotFoundError: If the weights file does not exist.
-        ValueError: If the name, the size or the weights cannot be used.
+        ValueError: If the name, the size, the weights or the probability cannot be used.
     """
     check_name(name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    return build(name, weights, num_classes, img_size)
+    return build(name, weights, num_classes, img_size, drop_path)
 
 
 def build(
-    name: str, weights: str | None, num_classes: int, img_size: int | tuple[int, int] | None
+    name: str,
+    weights: str | None,
+    num_classes: int,
+    img_size: int | tuple[int, int] | None,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Builds what `create` does, also without a classifier or for images of height and width."""
-    net = _load(name, weights, num_classes, _size_options(name, img_size))
+    options = {**_size_options(name, img_size), **_depth_options(name, drop_path)}
+    net = _load(name, weights, num_classes, options)
     _call_qkv(net)
     return net
 
@@ -120,6 +128,17 @@ def _size_options(name: str, img_size: int | tuple[int, int] | None) -> dict[str
                 f"use {below} or {below + patch}"
             )
     return {**options, "img_size": img_size}
+
+
+def _depth_options(name: str, drop_path: float) -> dict[str, Any]:
+    """What gives the model stochastic depth, after checking that it can have it."""
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path must lie in [0, 1), not {drop_path}")
+    if not drop_path:
+        return {}
+    if not _takes(without_weights(name), "drop_path_rate"):
+        raise ValueError(f"{name} has no stochastic depth: leave drop_path at 0")
+    return {"drop_path_rate": drop_path}
 
 
 def without_weights(name: str) -> nn.Module:

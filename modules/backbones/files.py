@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, load_state_dict
+from torch import nn
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -20,11 +23,7 @@ def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
         path: The file.
         config: timm's description of the model, which names its classifier.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights file {path} does not exist: give the path of a {', '.join(SUFFIXES)} file, "
-            "'pretrained', or null"
-        )
+    _check_exists(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"weights file {path} must end in one of {', '.join(SUFFIXES)}")
     try:
@@ -40,6 +39,57 @@ def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
     names = (classifier,) if isinstance(classifier, str) else classifier
     heads = {**{f"{name}.weight": 0 for name in (*names, "head")}, **CLIP_HEADS}
     return next((shapes[key][dim] for key, dim in heads.items() if key in shapes), None)
+
+
+def holds_whole_net(weights: str | None) -> bool:
+    """Whether weights are a file of a net for dense prediction, as `litflora merge` writes it.
+
+    Args:
+        weights: A path or whatever else stands for weights, see `litflora.backbones.create`.
+
+    Raises:
+        FileNotFoundError: If there is no file at that path.
+    """
+    path = Path(weights or "").expanduser()
+    if path.suffix != ".safetensors":
+        return False
+    _check_exists(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return any("pyramid." in key for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False  # `classes_in_file` says what is wrong with it
+
+
+def load_whole_net(net: nn.Module, weights: str) -> None:
+    """Loads a file of which `holds_whole_net` is true, strictly.
+
+    Raises:
+        ValueError: The file is of another net; names the first key that differs.
+    """
+    state, own = load_file(Path(weights).expanduser()), net.state_dict()
+    reshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
+    differences = [
+        _counted("lacks", [key for key in own if key not in state]),
+        _counted("has no place for", [key for key in state if key not in own]),
+        _counted(
+            "differs at", [f"{k} ({[*state[k].shape]}, not {[*own[k].shape]})" for k in reshaped]
+        ),
+    ]
+    if found := "; ".join(filter(None, differences)):
+        raise ValueError(
+            f"weights file {weights} does not fit this net: it {found}.\n"
+            "Give backbone, head, head_width, img_size and classes as they were when it was merged"
+        )
+    net.load_state_dict(state)
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights file {path} does not exist: give the path of a {', '.join(SUFFIXES)} file, "
+            "'pretrained', or null"
+        )
 
 
 def fit_error(path: Path, name: str, error: Exception) -> ValueError:

@@ -24,6 +24,7 @@ def create_pyramid(
     blocks: Sequence[int] | None = None,
     width: int = 256,
     finest: int = STRIDES[0],
+    drop_path: float = 0.0,
 ) -> Pyramid:
     """Builds a backbone without classifier that gives feature maps.
 
@@ -37,18 +38,22 @@ def create_pyramid(
         blocks: Blocks of a plain ViT whose maps are wanted, see `Pyramid`.
         width: Channels of a plain ViT's simple feature pyramid, see `Pyramid`.
         finest: Stride of the finest map, see `Pyramid`.
+        drop_path: Stochastic depth of the backbone, see `create`.
 
     Raises:
         FileNotFoundError: If the weights file does not exist.
-        ValueError: If the name, the size, the weights or the blocks cannot be used.
+        ValueError: If the name, the size, the weights, the blocks or the probability cannot be
+            used.
     """
     check_name(name)
-    sketch = Pyramid(without_weights(name), blocks, width, finest)  # refuses before weights are fetched
+    # Refuses before weights are fetched.
+    sketch = Pyramid(without_weights(name), blocks, width, finest)
     if img_size is not None:
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
         height, breadth = (side + -side % sketch.divisor for side in sides)
         img_size = (height, breadth)
-    return Pyramid(build(name, weights, 0, img_size), blocks, width, finest)
+    net = build(name, weights, 0, img_size, drop_path)
+    return Pyramid(net, blocks, width, finest)
 
 
 class Wrapper(nn.Module):

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
 from torch import nn
 
-from ..adapters import FLoRA, Tuning
+from ..adapters import FLoRA, PerModule, Tuning
+from ..adapters.targets import is_inside
 
 
-def default_targets(net: nn.Module, tuning: Tuning) -> list[str]:
+def with_targets(net: nn.Module, tuning: Tuning, module: str = "") -> Tuning:
+    """The same tuning with default targets where it names none.
+
+    Args:
+        net: A timm model.
+        tuning: Any tuning.
+        module: The module of ``net`` that it is for; "" is all.
+    """
+    if isinstance(tuning, PerModule):
+        return PerModule({name: with_targets(net, t, name) for name, t in tuning.modules.items()})
+    if getattr(tuning, "targets", ()) is not None:
+        return tuning
+    return dataclasses.replace(tuning, targets=default_targets(net, tuning, module))
+
+
+def default_targets(net: nn.Module, tuning: Tuning, module: str = "") -> list[str]:
     """Patterns for the layers that a tuning adapts by default in a timm model.
 
     Every method adapts the linear and 1x1 layers of the blocks. FLoRA keeps a kernel's shape and
-    so adapts the other convolutions of the blocks too: ConvNeXt's depthwise and downsampling.
+    so adapts the other convolutions of the blocks too: ConvNeXt's depthwise and downsampling. In a
+    module without blocks, as a head is, all of its layers of these kinds are adapted.
 
     Args:
         net: A timm model; its ``group_matcher`` says what its blocks are.
         tuning: The tuning that the targets are for.
+        module: The module of ``net`` that is tuned; "" is all.
 
     Returns:
-        Globs such as ``blocks.*.attn.qkv``; each matches at least one layer of ``net``.
+        Globs such as ``blocks.*.attn.qkv``, each of which matches at least one layer of the module,
+        or a keyword.
     """
-    names = [_glob(name) for name in _adapted(net, every_conv=isinstance(tuning, FLoRA))]
+    every_conv = isinstance(tuning, FLoRA)
+    adapted = _adapted(net, every_conv)
+    names = [_glob(name) for name in adapted if not module or is_inside(name, [module])]
+    if module and not names:
+        return ["all" if every_conv else "linear"]
     if not names:
         raise ValueError(
             f"{type(net).__name__} has no linear or 1x1 layer in blocks: name tuning.targets"

@@ -4,6 +4,7 @@ from .adapter_folder import AdapterFolder
 from .class_table import ClassTable
 from .confusion import ConfusionMatrix
 from .detections import DetectionWriter
+from .ema import EMA
 from .gallery import Gallery
 from .masks import MaskWriter
 from .opening import Opening
@@ -11,6 +12,7 @@ from .predictions import PredictionWriter
 from .progress import RateProgressBar
 
 __all__ = [
+    "EMA",
     "AdapterFolder",
     "ClassTable",
     "ConfusionMatrix",

@@ -42,7 +42,7 @@ class Gallery(Callback):
         if find_spec("matplotlib") is None:
             rank_zero_warn("no gallery is drawn: pip install 'litflora[plots]'")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the samples as the model sees them now."""
         data = trainer.datamodule
         epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1

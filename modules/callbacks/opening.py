@@ -40,7 +40,8 @@ class Opening(Callback):
 
     def _tuning(self, pl_module: LightningModule) -> str:
         found = summary(pl_module.net)
-        method = type(pl_module.tuning).__name__
+        named = {"": pl_module.tuning, **getattr(pl_module, "part_tunings", dict)()}
+        method = ", ".join(f"{part} {type(t).__name__}".strip() for part, t in named.items())
         weights = f"{len(found.rows)} weights adapted, " if found.rows else ""
         trained = f"{found.trainable:,} parameters train"
         share = f"{found.trainable / found.total:.1%} of the base's"

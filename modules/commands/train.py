@@ -42,6 +42,7 @@ _CHATTER = (
     ".*args parameter is intended to run from within Python",
     ".*smaller than the logging interval",
     ".*does not have many workers",
+    ".*WeightAveraging doesn't support sharding",
     ".*dirpath has changed",  # a resumed run is a new version: it always has
 )
 

@@ -234,8 +234,22 @@ class DetectionNet(Wrapper):
             told["masks"] = found["masks"][:, 0] > 0.5
         return told
 
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the modules of backbone, neck and head, but those without parameters."""
+        maps = ["pyramid.neck", "fpn", "coarser"]
+        neck = [f"detector.backbone.{name}" for name in maps]
+        heads = [name for name, _ in self.detector.named_children() if name != "backbone"]
+        named = {
+            "backbone": [f"{self.inner}.backbone"],
+            "neck": neck,
+            "head": [f"detector.{name}" for name in heads],
+        }
+        return {part: list(filter(self._has_parameters, names)) for part, names in named.items()}
+
     def get_classifier(self) -> tuple[nn.Module, ...]:
-        """What is trained whole, and not adapted: all but the backbone."""
-        maps = self.detector.backbone
-        heads = [child for name, child in self.detector.named_children() if name != "backbone"]
-        return maps.pyramid.neck, maps.fpn, maps.coarser, *heads
+        """What is trained whole, and not adapted: neck and head."""
+        parts = self.parts()
+        return tuple(self.get_submodule(name) for name in (*parts["neck"], *parts["head"]))
+
+    def _has_parameters(self, name: str) -> bool:
+        return any(True for _ in self.get_submodule(name).parameters())

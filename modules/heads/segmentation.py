@@ -116,6 +116,11 @@ class SegmentationNet(Wrapper):
         logits = F.interpolate(self.head(maps), padded, mode="bilinear")
         return logits[..., : images.shape[-2], : images.shape[-1]]
 
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the modules of backbone, neck and head; a neck without parameters has none."""
+        neck = ["pyramid.neck"] if any(True for _ in self.pyramid.neck.parameters()) else []
+        return {"backbone": ["pyramid.backbone"], "neck": neck, "head": ["head"]}
+
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
         """What is trained whole, and not adapted: neck and head."""
         return self.pyramid.neck, self.head

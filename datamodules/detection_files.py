@@ -1,0 +1,212 @@
+"""Detection from files: annotated images, their targets and their transforms."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .dense import DenseSamples, read_photo
+from .dense_files import DenseFilesDataModule
+from .detection import DetectionDataModule, Objects, Target
+from .transforms import random_crop, whole
+
+Size = tuple[int, int]  # width and height, as Pillow has them
+
+
+@dataclass(eq=False)  # an image is a key by itself: those of two splits may share a file
+class AnnotatedImage(ABC):
+    """An image file whose objects are known.
+
+    Args:
+        path: The image.
+        image_id: The data's own id, or its number from 1.
+    """
+
+    path: Path
+    image_id: int
+
+    @property
+    @abstractmethod
+    def labels(self) -> NDArray[np.int64]:
+        """The classes of the objects to train on, found without reading the image."""
+
+    @abstractmethod
+    def objects(self, size: Size, train: bool, masks: bool) -> Objects:
+        """The objects in an image that was found to be of a size.
+
+        Args:
+            size: Width and height in pixels.
+            train: Leave out what evaluation is to ignore.
+            masks: Give the masks, too.
+
+        Raises:
+            ValueError: If image and annotations are of different sizes.
+        """
+
+
+@dataclass(eq=False)
+class ListedImage(AnnotatedImage):
+    """An image whose annotations are all in memory, in pixels of an image of a certain size."""
+
+    size: Size
+    listed: Objects
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The classes of all objects that evaluation is not to ignore."""
+        return self.listed.labels[self.listed.singles]
+
+    def objects(self, size: Size, train: bool, masks: bool) -> Objects:
+        """The objects, if the image is of the size that the annotations are of."""
+        check_size(self.path, size, self.size)
+        chosen = self.listed.singles if train else np.arange(len(self.listed.labels))
+        objects = Objects(
+            self.listed.boxes[chosen],
+            self.listed.labels[chosen],
+            self.listed.iscrowd[chosen],
+            self.listed.area[chosen],
+        )
+        return replace(objects, masks=self.masks(chosen)) if masks else objects
+
+    def masks(self, chosen: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """The masks of some objects: [n, height, width]."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class UnlabelledImage(AnnotatedImage):
+    """An image to predict."""
+
+    labels = np.zeros(0, np.int64)
+
+    def objects(self, size: Size, train: bool, masks: bool) -> Objects:
+        """Nobody knows them."""
+        raise NotImplementedError
+
+
+def check_size(path: Path, size: Size, annotated: Size) -> None:
+    """Raise if an image is not of the size that its annotations are of."""
+    if size == annotated:
+        return
+    with Image.open(path) as image:
+        stored = image.size
+    remedy = "annotate the image anew, or replace it by the one that was annotated"
+    if stored == annotated:
+        remedy = (
+            "its EXIF orientation turns it, and the annotations are of the file without that: "
+            "remove the EXIF tag, or annotate the upright image"
+        )
+    raise ValueError(
+        f"image {path} is {size[0]} x {size[1]} pixels as a viewer shows it, its annotations are "
+        f"of {annotated[0]} x {annotated[1]}; {remedy}"
+    )
+
+
+@dataclass
+class DetectionFiles:
+    """The annotated images of a split, read when asked for."""
+
+    items: Sequence[AnnotatedImage]
+    split: str
+    masks: bool
+
+    @property
+    def paths(self) -> list[Path]:
+        """The image files."""
+        return [item.path for item in self.items]
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, Target | None]:
+        item = self.items[index]
+        photo = read_photo(item.path)
+        image = tv_tensors.Image(pil_to_tensor(photo))
+        if self.split == "predict":
+            return image, None
+        train = self.split == "train"
+        objects = item.objects(photo.size, train, self.masks)
+        return image, objects.target(photo.height, photo.width, train)
+
+
+class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
+    """Image files with annotated objects; a subclass gives the classes and finds the splits.
+
+    Training images are made to fit the crop at scale 1, which makes `scale_range` the large-scale
+    jitter of Ghiasi et al. (arXiv 2012.07177); without `augment` they are padded there. Boxes are
+    those of what is visible in the crop: round the masks, if there are masks.
+
+    Args:
+        root: The data set's own folder.
+        scale_range: Scales that augmentation draws from; at 1 an image just fits the crop.
+        options: `crop_size` to `predict_root` of `DenseFilesDataModule`.
+    """
+
+    masks = False  # whether targets have masks
+
+    def __init__(
+        self, root: str, scale_range: tuple[float, float] = (0.1, 2.0), **options: Any
+    ) -> None:
+        super().__init__(root, scale_range=scale_range, **options)
+
+    @abstractmethod
+    def official_splits(self) -> dict[str, Sequence[AnnotatedImage]]:
+        """The splits that the data set itself defines, "train" at least."""
+
+    @property
+    def image_ids(self) -> dict[str, int]:
+        """The id of each image to evaluate or predict, by its name."""
+        return {
+            str(item.path): item.image_id
+            for split in ("val", "test", "predict")
+            if split in self.datasets
+            for item in self.datasets[split].pairs.items
+        }
+
+    def split(self, name: str) -> DenseSamples:
+        """The samples of a split; all image files are there."""
+        samples = super().split(name)
+        check_present(samples.pairs.paths)
+        return samples
+
+    def files(self, name: str, items: Sequence[AnnotatedImage]) -> DetectionFiles:
+        """The files of a split."""
+        return DetectionFiles(items, name, self.masks)
+
+    def unlabelled(self, path: Path, number: int) -> AnnotatedImage:
+        """An image to predict."""
+        return UnlabelledImage(path, number)
+
+    def transform(self, name: str) -> Callable[[Any], Any]:
+        """The training transform, or plain tensors."""
+        steps = []
+        if name == "train":
+            steps = [whole(self.crop_size)]
+            if self.augment:
+                crop = dict(mask_fill=0, boxes=True, fit=True)
+                steps = [random_crop(self.crop_size, self.scale_range, self.photometric, **crop)]
+        return v2.Compose([*steps, v2.ToPureTensor()])
+
+    def classes_present(self) -> NDArray[np.bool_]:
+        """Which classes are in which training image: [images, classes]."""
+        items = self.datasets["train"].pairs.items
+        present = np.zeros((len(items), self.num_classes), bool)
+        for row, item in zip(present, items, strict=True):
+            row[item.labels] = True
+        return present
+
+
+def check_present(paths: Sequence[Path]) -> None:
+    """Raise if an image file is missing."""
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        shown = ", ".join([*missing[:5], *(["..."] if len(missing) > 5 else [])])
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} annotated images are missing: {shown} "
+            "(set data.init_args.root to the data set's own folder)"
+        )

@@ -91,13 +91,8 @@ class Objects:
     area: NDArray[np.float32]
     masks: NDArray[np.uint8] | None = None
 
-    @property
-    def singles(self) -> NDArray[np.intp]:
-        """The indices of the objects that evaluation is not to ignore."""
-        return np.flatnonzero(self.iscrowd == 0)
-
     def target(self, height: int, width: int, train: bool) -> Target:
-        """The target of an image, in tv_tensors; with `train`, all objects must be singles."""
+        """The target of an image, in tv_tensors; with `train`, that of a training image."""
         boxes = torch.from_numpy(self.boxes)
         target: Target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]

@@ -1,8 +1,8 @@
 """Detection from files: annotated images, their targets and their transforms."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ Size = tuple[int, int]  # width and height, as Pillow has them
 
 
 @dataclass(eq=False)  # an image is a key by itself: those of two splits may share a file
-class AnnotatedImage(ABC):
-    """An image file whose objects are known.
+class ImageFile:
+    """An image file to predict.
 
     Args:
         path: The image.
@@ -32,6 +32,10 @@ class AnnotatedImage(ABC):
 
     path: Path
     image_id: int
+
+
+class AnnotatedImage(ImageFile, ABC):
+    """An image file whose objects are known."""
 
     @property
     @abstractmethod
@@ -45,7 +49,7 @@ class AnnotatedImage(ABC):
         Args:
             size: Width and height in pixels.
             train: Leave out what evaluation is to ignore.
-            masks: Give the masks, too.
+            masks: Give the masks, too, where there are some.
 
         Raises:
             ValueError: If image and annotations are of different sizes.
@@ -54,7 +58,7 @@ class AnnotatedImage(ABC):
 
 @dataclass(eq=False)
 class ListedImage(AnnotatedImage):
-    """An image whose annotations are all in memory, in pixels of an image of a certain size."""
+    """An image whose boxes are in memory, in pixels of an image of a certain size; no masks."""
 
     size: Size
     listed: Objects
@@ -62,34 +66,22 @@ class ListedImage(AnnotatedImage):
     @property
     def labels(self) -> NDArray[np.int64]:
         """The classes of all objects that evaluation is not to ignore."""
-        return self.listed.labels[self.listed.singles]
+        return self.listed.labels[self.chosen(train=True)]
 
     def objects(self, size: Size, train: bool, masks: bool) -> Objects:
         """The objects, if the image is of the size that the annotations are of."""
         check_size(self.path, size, self.size)
-        chosen = self.listed.singles if train else np.arange(len(self.listed.labels))
-        objects = Objects(
+        chosen = self.chosen(train)
+        return Objects(
             self.listed.boxes[chosen],
             self.listed.labels[chosen],
             self.listed.iscrowd[chosen],
             self.listed.area[chosen],
         )
-        return replace(objects, masks=self.masks(chosen)) if masks else objects
 
-    def masks(self, chosen: NDArray[np.intp]) -> NDArray[np.uint8]:
-        """The masks of some objects: [n, height, width]."""
-        raise NotImplementedError
-
-
-@dataclass(eq=False)
-class UnlabelledImage(AnnotatedImage):
-    """An image to predict."""
-
-    labels = np.zeros(0, np.int64)
-
-    def objects(self, size: Size, train: bool, masks: bool) -> Objects:
-        """Nobody knows them."""
-        raise NotImplementedError
+    def chosen(self, train: bool) -> NDArray[np.intp]:
+        """The indices of all objects; of those to train on, with `train`."""
+        return np.flatnonzero(self.listed.iscrowd == 0 if train else self.listed.iscrowd >= 0)
 
 
 def check_size(path: Path, size: Size, annotated: Size) -> None:
@@ -114,7 +106,7 @@ def check_size(path: Path, size: Size, annotated: Size) -> None:
 class DetectionFiles:
     """The annotated images of a split, read when asked for."""
 
-    items: Sequence[AnnotatedImage]
+    items: Sequence[ImageFile]
     split: str
     masks: bool
 
@@ -129,6 +121,7 @@ class DetectionFiles:
         image = tv_tensors.Image(pil_to_tensor(photo))
         if self.split == "predict":
             return image, None
+        assert isinstance(item, AnnotatedImage)
         train = self.split == "train"
         objects = item.objects(photo.size, train, self.masks)
         return image, objects.target(photo.height, photo.width, train)
@@ -174,23 +167,31 @@ class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
         check_present(samples.pairs.paths)
         return samples
 
-    def files(self, name: str, items: Sequence[AnnotatedImage]) -> DetectionFiles:
+    def files(self, name: str, items: Sequence[ImageFile]) -> DetectionFiles:
         """The files of a split."""
         return DetectionFiles(items, name, self.masks)
 
-    def unlabelled(self, path: Path, number: int) -> AnnotatedImage:
-        """An image to predict."""
-        return UnlabelledImage(path, number)
+    def unlabelled(self, path: Path, number: int) -> ImageFile:
+        """An image of which nothing is known."""
+        return ImageFile(path, number)
 
     def transform(self, name: str) -> Callable[[Any], Any]:
         """The training transform, or plain tensors."""
-        steps = []
-        if name == "train":
-            steps = [whole(self.crop_size)]
-            if self.augment:
-                crop = dict(mask_fill=0, boxes=True, fit=True)
-                steps = [random_crop(self.crop_size, self.scale_range, self.photometric, **crop)]
-        return v2.Compose([*steps, v2.ToPureTensor()])
+        if name != "train":
+            return v2.ToPureTensor()
+        return v2.Compose([self._train_transform(), v2.ToPureTensor()])
+
+    def _train_transform(self) -> v2.Compose:
+        if not self.augment:
+            return whole(self.crop_size)
+        return random_crop(
+            self.crop_size,
+            self.scale_range,
+            self.photometric,
+            mask_fill=0,
+            boxes=True,
+            fit=True,
+        )
 
     def classes_present(self) -> NDArray[np.bool_]:
         """Which classes are in which training image: [images, classes]."""
@@ -199,6 +200,31 @@ class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
         for row, item in zip(present, items, strict=True):
             row[item.labels] = True
         return present
+
+
+def flawed_boxes(
+    corners: NDArray[np.float64], sizes: NDArray[np.float64]
+) -> Iterator[tuple[int, str]]:
+    """The boxes of no size, and those more than a pixel out of their image, with what is wrong.
+
+    Args:
+        corners: x0, y0, x1, y1 in pixels: [n, 4].
+        sizes: Width and height of each box's image: [n, 2].
+    """
+    empty = ~(corners[:, 2:] > corners[:, :2]).all(1)
+    outside = ~((corners[:, :2] >= -1) & (corners[:, 2:] <= sizes + 1)).all(1)
+    for index in np.flatnonzero(empty | outside).tolist():
+        x0, y0, x1, y1 = corners[index].tolist()
+        width, height = sizes[index].tolist()
+        flaw = f"lies outside of its image of {width:g} x {height:g} pixels"
+        if empty[index]:
+            flaw = f"has the width {x1 - x0:g} and the height {y1 - y0:g}"
+        yield index, f"its box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) {flaw}"
+
+
+def clipped(corners: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The boxes [n, 4] without what rounding put outside of their images."""
+    return np.clip(corners, 0, np.tile(sizes, 2))
 
 
 def check_present(paths: Sequence[Path]) -> None:

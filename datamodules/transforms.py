@@ -110,7 +110,7 @@ def boxes_round(masks: Tensor) -> Tensor:
         In pixels, zeros for an empty mask: float32 [n, 4].
     """
     boxes = torch.zeros(len(masks), 4)
-    some = masks.flatten(1).any(1)
+    some = masks.flatten(1).any(1).bool()  # of uint8 it is uint8
     boxes[some] = masks_to_boxes(masks[some]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
     return boxes
 
@@ -157,7 +157,7 @@ def visible_boxes() -> v2.Compose:
 
 
 def whole(size: tuple[int, int]) -> v2.Compose:
-    """The whole image, made to fit a size and padded, with boxes: training that augments nothing."""
+    """The whole image with its boxes, made to fit a size and padded: nothing is augmented."""
     return v2.Compose([ScaleJitter((1.0, 1.0), size), PadTo(size, mask_fill=0), visible_boxes()])
 
 

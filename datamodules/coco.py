@@ -64,7 +64,7 @@ class CocoFilesDataModule(DetectionFilesDataModule):
             for name, (path, folder) in self.sources().items()
         }
 
-    @property
+    @cached_property
     def _smallest(self) -> CocoFile:
         return min(self._files.values(), key=lambda file: file.path.stat().st_size)
 

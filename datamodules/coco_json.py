@@ -124,7 +124,7 @@ def _load(path: Path) -> Content:
             raise ValueError(f"{path} is no COCO file of objects: it has no list {kind!r}")
         if not rows and kind != "annotations":
             raise ValueError(f"{path} has no {kind}")
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def _column(content: Content, kind: str, key: str) -> list[Any]:
@@ -185,7 +185,7 @@ def _images(
 
     order = np.argsort(owners, kind="stable")
     ends = np.searchsorted(owners[order], np.arange(len(ids) + 1))
-    columns = [
+    columns: list[NDArray[Any]] = [
         clipped(corners, sizes[owners])[order].astype(np.float32),
         labels[order],
         crowds[order],

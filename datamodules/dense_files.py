@@ -1,7 +1,7 @@
 """Dense tasks from files: splits, sampling, folders to predict, and a check of all files."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -99,7 +99,7 @@ class DenseFilesDataModule(DenseDataModule):
         self._splits: dict[str, Sequence[Any]] = {}
 
     @abstractmethod
-    def official_splits(self) -> dict[str, Any]:
+    def official_splits(self) -> Mapping[str, Sequence[Any]]:
         """The items of the splits that the data set itself defines, "train" at least."""
 
     @abstractmethod
@@ -136,7 +136,8 @@ class DenseFilesDataModule(DenseDataModule):
         self._splits = self._splits or self._complete(self.official_splits())
         return self._splits["test" if name == "predict" else name]
 
-    def _complete(self, splits: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, official: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        splits = dict(official)
         if "val" not in splits:
             train = splits["train"]
             kept, held = hold_out([0] * len(train), self.val_fraction, self.seed)
@@ -149,7 +150,7 @@ class DenseFilesDataModule(DenseDataModule):
         return RepeatFactorSampler(self._repeats, **options)
 
     @cached_property
-    def _repeats(self) -> NDArray[np.floating]:
+    def _repeats(self) -> NDArray[np.float64]:
         return repeat_factors(self.classes_present(), self.balance_threshold)
 
 

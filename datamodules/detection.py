@@ -95,7 +95,7 @@ class Objects:
         """The target of an image, in tv_tensors; with `train`, that of a training image."""
         boxes = torch.from_numpy(self.boxes)
         target: Target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.from_numpy(self.labels),
         }
         if self.masks is not None:

@@ -1,7 +1,7 @@
 """Detection from files: annotated images, their targets and their transforms."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .dense import DenseSamples, read_photo
+from .dense import read_photo
 from .dense_files import DenseFilesDataModule
 from .detection import DetectionDataModule, Objects, Target
 from .transforms import random_crop, whole
@@ -148,7 +148,7 @@ class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
         super().__init__(root, scale_range=scale_range, **options)
 
     @abstractmethod
-    def official_splits(self) -> dict[str, Sequence[AnnotatedImage]]:
+    def official_splits(self) -> Mapping[str, Sequence[AnnotatedImage]]:
         """The splits that the data set itself defines, "train" at least."""
 
     @property
@@ -161,15 +161,11 @@ class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
             for item in self.datasets[split].pairs.items
         }
 
-    def split(self, name: str) -> DenseSamples:
-        """The samples of a split; all image files are there."""
-        samples = super().split(name)
-        check_present(samples.pairs.paths)
-        return samples
-
     def files(self, name: str, items: Sequence[ImageFile]) -> DetectionFiles:
-        """The files of a split."""
-        return DetectionFiles(items, name, self.masks)
+        """The files of a split, all of whose images are there."""
+        files = DetectionFiles(items, name, self.masks)
+        check_present(files.paths)
+        return files
 
     def unlabelled(self, path: Path, number: int) -> ImageFile:
         """An image of which nothing is known."""
@@ -196,9 +192,9 @@ class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
     def classes_present(self) -> NDArray[np.bool_]:
         """Which classes are in which training image: [images, classes]."""
         items = self.datasets["train"].pairs.items
-        present = np.zeros((len(items), self.num_classes), bool)
-        for row, item in zip(present, items, strict=True):
-            row[item.labels] = True
+        present: NDArray[np.bool_] = np.zeros((len(items), self.num_classes), bool)
+        for index, item in enumerate(items):
+            present[index, item.labels] = True
         return present
 
 

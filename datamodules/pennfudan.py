@@ -63,21 +63,19 @@ class PennFudanDataModule(DetectionFilesDataModule):
             `DenseFilesDataModule`.
     """
 
-    class_names = ["pedestrian"]  # noqa: RUF012  # as TuningDataModule declares it
-
     def __init__(
         self, root: str, masks: bool = False, val_fraction: float = 0.2, **options: Any
     ) -> None:
         super().__init__(root, val_fraction=val_fraction, **options)
         self.masks = masks
+        self.class_names = ["pedestrian"]
 
     def official_splits(self) -> dict[str, Sequence[AnnotatedImage]]:
         """All images as "train"."""
         pairs = pairs_by_stem(self.root / "PNGImages", self.root / "PedMasks", mask_end="_mask")
         return {
             "train": [
-                PennFudanImage(image, number, mask)
+                PennFudanImage(image, number, mask)  # type: ignore[arg-type]  # each has a mask
                 for number, (image, mask) in enumerate(pairs, 1)
-                if mask is not None
             ]
         }

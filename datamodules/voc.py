@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -33,7 +34,7 @@ class VOCSegmentationDataModule(MaskFilesDataModule):
         root = _home(self.root)
         lists, masks = root / "ImageSets" / "Segmentation", root / "SegmentationClass"
         return {
-            name: list(pairs_in_list(lists / f"{name}.txt", root / "JPEGImages", masks))
+            name: pairs_in_list(lists / f"{name}.txt", root / "JPEGImages", masks)
             for name in ("train", "val")
         }
 
@@ -43,9 +44,16 @@ class VOCDetectionDataModule(DetectionFilesDataModule):
 
     `root` is a folder such as `VOC2012`, or one that holds `VOCdevkit/VOC2012`. Objects marked as
     difficult are left out of training, and evaluation ignores them.
+
+    Args:
+        root: The data set's own folder.
+        options: `scale_range` of `DetectionFilesDataModule`, `crop_size` to `predict_root` of
+            `DenseFilesDataModule`.
     """
 
-    class_names = list(_NAMES[1:])
+    def __init__(self, root: str, **options: Any) -> None:
+        super().__init__(root, **options)
+        self.class_names = list(_NAMES[1:])
 
     def official_splits(self) -> dict[str, Sequence[ListedImage]]:
         """The splits "train" and "val"."""
@@ -68,9 +76,10 @@ def _home(root: Path) -> Path:
     return inner if inner.is_dir() else root
 
 
-def _annotated(pairs: Sequence[tuple[Path, Path]]) -> list[ListedImage]:
+def _annotated(pairs: Sequence[Pair]) -> list[ListedImage]:
     images, mistakes = [], []
     for number, (image, listing) in enumerate(pairs, 1):
+        assert listing is not None
         try:
             images.append(ListedImage(image, number, *_read(listing)))
         except ValueError as reason:

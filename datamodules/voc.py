@@ -119,4 +119,4 @@ def _numbers(tree: ElementTree.Element, part: str, keys: Sequence[str]) -> list[
     try:
         return [float(tree.findtext(f"{part}/{key}", "")) for key in keys]
     except ValueError as reason:
-        raise ValueError(f"a {tree.tag} has no {part} of numbers {', '.join(keys)}") from reason
+        raise ValueError(f"<{tree.tag}> has no {part} of numbers {', '.join(keys)}") from reason

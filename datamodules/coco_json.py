@@ -141,11 +141,15 @@ def _ids(content: Content, kind: str) -> list[int]:
     strange = next((each for each in ids if not isinstance(each, int)), None)
     if strange is not None:
         raise ValueError(f"id {strange!r} of the {kind} is no whole number")
-    twice = [each for each, count in Counter(ids).items() if count > 1]
+    _check_unique(ids, f"ids stand for two {kind}")
+    return ids
+
+
+def _check_unique(values: Sequence[Any], said: str) -> None:
+    twice = [each for each, count in Counter(values).items() if count > 1]
     if twice:
         shown = ", ".join([*map(str, twice[:5]), *(["..."] if len(twice) > 5 else [])])
-        raise ValueError(f"{len(twice)} ids stand for two {kind}: {shown}")
-    return ids
+        raise ValueError(f"{len(twice)} {said}: {shown}")
 
 
 def _numbers(values: Sequence[Any], name: str) -> NDArray[np.float64]:
@@ -160,6 +164,7 @@ def _images(
 ) -> list[CocoImage]:
     """The images with their annotations, which lie in arrays of all: there may be many."""
     ids, paths = _ids(content, "images"), _column(content, "images", "file_name")
+    _check_unique(paths, "files are listed as two images")
     sizes = _numbers([_column(content, "images", key) for key in ("width", "height")], "size").T
     labels = _positions(_column(content, "annotations", "category_id"), category_ids)
     owners = _positions(_column(content, "annotations", "image_id"), ids)

@@ -193,6 +193,10 @@ MISTAKES: dict[str, tuple[Change, str]] = {
         "annotation 5 of no image: no image has its image_id 77",
     ),
     "image twice": (lambda c: c["images"][1].update(id=40), "1 ids stand for two images: 40"),
+    "file twice": (
+        lambda c: c["images"][1].update(file_name="4.png"),
+        r"1 files are listed as two images: 4\.png",
+    ),
     "annotation twice": (lambda c: c["annotations"][1].update(id=1), "two annotations: 1"),
     "category twice": (lambda c: c["categories"][1].update(id=9), "two categories: 9"),
     "id": (lambda c: c["images"][1].update(id="a"), "id 'a' of the images is no whole number"),

@@ -7,25 +7,35 @@ if TYPE_CHECKING:
     from .ade20k import ADE20KDataModule as ADE20KDataModule
     from .camvid import CamVidDataModule as CamVidDataModule
     from .cityscapes import CityscapesDataModule as CityscapesDataModule
+    from .coco import CocoDataModule as CocoDataModule
+    from .coco import CocoFolderDataModule as CocoFolderDataModule
     from .image_folder import ImageFolderDataModule as ImageFolderDataModule
     from .mask_folder import MaskFolderDataModule as MaskFolderDataModule
     from .oxford_pet import OxfordPetTrimapsDataModule as OxfordPetTrimapsDataModule
+    from .pennfudan import PennFudanDataModule as PennFudanDataModule
     from .shapes import ShapesDataModule as ShapesDataModule
+    from .shapes import ShapesDetectionDataModule as ShapesDetectionDataModule
     from .shapes import ShapesSegmentationDataModule as ShapesSegmentationDataModule
     from .vision import VisionDataModule as VisionDataModule
+    from .voc import VOCDetectionDataModule as VOCDetectionDataModule
     from .voc import VOCSegmentationDataModule as VOCSegmentationDataModule
 
 _HOMES = {
     "ADE20KDataModule": "ade20k",
     "CamVidDataModule": "camvid",
     "CityscapesDataModule": "cityscapes",
+    "CocoDataModule": "coco",
+    "CocoFolderDataModule": "coco",
     "ImageFolderDataModule": "image_folder",
     "MaskFolderDataModule": "mask_folder",
     "OxfordPetTrimapsDataModule": "oxford_pet",
+    "PennFudanDataModule": "pennfudan",
     "ShapesDataModule": "shapes",
+    "ShapesDetectionDataModule": "shapes",
     "ShapesSegmentationDataModule": "shapes",
-    "VisionDataModule": "vision",
+    "VOCDetectionDataModule": "voc",
     "VOCSegmentationDataModule": "voc",
+    "VisionDataModule": "vision",
 }
 __all__ = list(_HOMES)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .base import SeededDataset
+from .base import SeededDataset, TuningDataModule, check_at_least
 from .images import UNREADABLE
 
 DenseSample = tuple[Tensor, Any, str]
@@ -36,6 +36,47 @@ class DenseSamples(SeededDataset):
         index = key % len(self)
         image, target = self._transformed(self.pairs[index], key)
         return image, target, self.names[index]
+
+
+class DenseDataModule(TuningDataModule):
+    """Loaders over the `DenseSamples` that a subclass gives for each split.
+
+    Args:
+        batch_size: Samples in a training batch of one process.
+        eval_batch_size: Samples in any other batch.
+        num_workers: Processes that load; they change the speed and never the batches.
+        seed: Decides all that is random in the data.
+
+    Attributes:
+        crop_size: Height and width of training images in pixels.
+    """
+
+    crop_size: tuple[int, int]
+
+    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        check_at_least("eval_batch_size", eval_batch_size, 1)
+        self.eval_batch_size = eval_batch_size
+
+    def collate(self, name: str) -> Callable[[list[DenseSample]], Any]:
+        """Lists samples of any sizes; a subclass makes the training batches."""
+        return listed_names if name == "predict" else listed
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.eval_batch_size
+
+
+def listed(batch: list[DenseSample]) -> tuple[list[Tensor], list[Any]]:
+    """Collate samples of any sizes to (list of images, list of targets)."""
+    images, targets, _ = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+def listed_names(batch: list[DenseSample]) -> tuple[list[Tensor], list[str]]:
+    """Collate samples of any sizes to (list of images, list of names), for prediction."""
+    images, _, names = zip(*batch, strict=True)
+    return list(images), list(names)
 
 
 def read_upright(path: Path) -> Image.Image:

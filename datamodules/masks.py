@@ -160,8 +160,8 @@ def _by_stem(folder: Path, end: str) -> dict[str, Path]:
     return files
 
 
-def pairs_in_list(listing: Path, images: Path, masks: Path) -> list[Pair]:
-    """The .jpg images and .png masks whose names begin the lines of a text file.
+def pairs_in_list(listing: Path, images: Path, masks: Path, mask_end: str = ".png") -> list[Pair]:
+    """The .jpg images and the masks whose names begin the lines of a text file.
 
     Raises:
         FileNotFoundError: If the list is missing, or a file that it names.
@@ -171,7 +171,7 @@ def pairs_in_list(listing: Path, images: Path, masks: Path) -> list[Pair]:
             f"{listing} is missing (set data.init_args.root to the data set's own folder)"
         )
     names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
-    pairs = [(images / f"{name}.jpg", masks / f"{name}.png") for name in names]
+    pairs = [(images / f"{name}.jpg", masks / f"{name}{mask_end}") for name in names]
     missing = [path for pair in pairs for path in pair if not path.is_file()]
     if missing:
         raise FileNotFoundError(

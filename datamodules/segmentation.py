@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import TuningDataModule, check_at_least
-from .dense import DenseSample
+from .dense import DenseDataModule, DenseSample
 from .masks import Color, Legend
 
 
-class SegmentationDataModule(TuningDataModule):
+class SegmentationDataModule(DenseDataModule):
     """Loaders over the `DenseSamples` that a subclass gives for each split.
 
     Training batches are (images [N, 3, h, w], masks [N, h, w]). Images to validate, test or predict
@@ -32,12 +31,9 @@ class SegmentationDataModule(TuningDataModule):
 
     whole_batches = True  # decoders normalise by the batch, and some cannot by one of one image
     legend: Legend
-    crop_size: tuple[int, int]
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        check_at_least("eval_batch_size", eval_batch_size, 1)
-        self.eval_batch_size = eval_batch_size
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
         self.class_names = list(self.legend.names)
 
     @property
@@ -47,26 +43,10 @@ class SegmentationDataModule(TuningDataModule):
 
     def collate(self, name: str) -> Callable[[list[DenseSample]], Any]:
         """Stacks training samples and lists all others."""
-        return {"train": stacked, "predict": listed_names}.get(name, listed)
-
-    @property
-    def _eval_batch_size(self) -> int:
-        return self.eval_batch_size
+        return stacked if name == "train" else super().collate(name)
 
 
 def stacked(batch: list[DenseSample]) -> tuple[Tensor, Tensor]:
     """Collate samples of one size to (images [N, 3, h, w], masks [N, h, w])."""
     images, masks, _ = zip(*batch, strict=True)
     return torch.stack(images), torch.stack(masks)
-
-
-def listed(batch: list[DenseSample]) -> tuple[list[Tensor], list[Tensor]]:
-    """Collate samples of any sizes to (list of images, list of masks)."""
-    images, masks, _ = zip(*batch, strict=True)
-    return list(images), list(masks)
-
-
-def listed_names(batch: list[DenseSample]) -> tuple[list[Tensor], list[str]]:
-    """Collate samples of any sizes to (list of images, list of names), for prediction."""
-    images, _, names = zip(*batch, strict=True)
-    return list(images), list(names)

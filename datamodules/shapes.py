@@ -4,13 +4,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from .base import SPLITS, ClassificationDataModule, Samples, check_at_least
 from .dense import DenseSamples
+from .detection import DetectionDataModule, Objects, Target
 from .masks import Legend
 from .scenes import DOMAINS, KINDS, Scene, draw_scene, masks, render
 from .segmentation import SegmentationDataModule
-from .transforms import to_tensors
+from .transforms import boxes_round, to_tensors
 
 
 class ShapesDataModule(ClassificationDataModule):
@@ -104,6 +106,51 @@ class ShapesSegmentationDataModule(SegmentationDataModule):
         return DenseSamples(list(zip(images, targets, strict=True)), names, to_tensors())
 
 
+class ShapesDetectionDataModule(DetectionDataModule):
+    """Scenes of shapes alike in size: the kind, the box and the visible mask of each shape.
+
+    Args:
+        domain: "source" or "shifted".
+        train_samples: Training images.
+        val_samples: Validation images.
+        test_samples: Test images.
+        img_size: Side of the images in pixels.
+        batch_size: Samples in a training batch of one process.
+        eval_batch_size: Samples in any other batch.
+        num_workers: Processes that load; the images are drawn once and kept, so 0 does well.
+        seed: Decides the scenes and their order.
+    """
+
+    def __init__(
+        self,
+        domain: str = "shifted",
+        train_samples: int = 2000,
+        val_samples: int = 500,
+        test_samples: int = 1000,
+        img_size: int = 96,
+        batch_size: int = 20,
+        eval_batch_size: int = 20,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        self.counts = _counts(domain, img_size, train_samples, val_samples, test_samples)
+        self.domain = domain
+        self.crop_size = (img_size, img_size)
+        self.class_names = list(KINDS)
+
+    def split(self, name: str) -> DenseSamples:
+        """Draw all images and objects of a split; prediction takes the images of the test split."""
+        scenes, names = _draw(self.seed, name, self.counts, "even")
+        size = self.crop_size[0]
+        images = map(tv_tensors.Image, _pictures(scenes, size, self.domain))
+        targets = (
+            None if name == "predict" else _objects(scene, size, name == "train")
+            for scene in scenes
+        )
+        return DenseSamples(list(zip(images, targets, strict=True)), names, v2.ToPureTensor())
+
+
 def _counts(domain: str, img_size: int, *samples: int) -> dict[str, int]:
     """The samples of each split, once all is checked."""
     if domain not in DOMAINS:
@@ -135,3 +182,18 @@ def _kinds(scene: Scene, size: int) -> Tensor:
     for thing, visible in zip(scene.objects, masks(scene, size), strict=True):
         kinds[torch.from_numpy(visible)] = 1 + KINDS.index(thing.kind)
     return kinds
+
+
+def _objects(scene: Scene, size: int, train: bool) -> Target:
+    """The shapes of which something is to be seen."""
+    visible = masks(scene, size)
+    seen = np.flatnonzero(visible.any((1, 2)))
+    shown = visible[seen].astype(np.uint8)
+    objects = Objects(
+        boxes_round(torch.from_numpy(shown)).numpy(),
+        np.array([KINDS.index(scene.objects[index].kind) for index in seen], np.int64),
+        np.zeros(len(seen), np.int64),
+        shown.sum((1, 2), dtype=np.float32),
+        shown,
+    )
+    return objects.target(size, size, train)

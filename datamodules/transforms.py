@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from .masks import IGNORE
@@ -80,12 +81,47 @@ class PadTo(v2.Transform):
         return v2.functional.pad(inpt, params["padding"], fill=self.fill.get(type(inpt)))
 
 
+class TightenBoxes(v2.Transform):
+    """Draws boxes anew round the masks [n, height, width] of their objects, if there are masks.
+
+    What is left of an object in a crop rarely reaches all sides of its box's remainder. The box of
+    an empty mask gets no size.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Find the boxes."""
+        masks = [part for part in flat_inputs if isinstance(part, tv_tensors.Mask)]
+        return {"boxes": boxes_round(masks[0].as_subclass(Tensor)) if masks else None}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Replace the boxes of the sample."""
+        if params["boxes"] is None or not isinstance(inpt, tv_tensors.BoundingBoxes):
+            return inpt
+        return tv_tensors.wrap(params["boxes"].to(inpt.dtype), like=inpt)
+
+
+def boxes_round(masks: Tensor) -> Tensor:
+    """The corners x0, y0, x1, y1 round each mask's pixels, the last two exclusive.
+
+    Args:
+        masks: Not zero where the objects are: [n, height, width].
+
+    Returns:
+        In pixels, zeros for an empty mask: float32 [n, 4].
+    """
+    boxes = torch.zeros(len(masks), 4)
+    some = masks.flatten(1).any(1).bool()  # of uint8 it is uint8
+    boxes[some] = masks_to_boxes(masks[some]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    return boxes
+
+
 def random_crop(
     size: tuple[int, int],
     scale_range: tuple[float, float] = (0.5, 2.0),
     photometric: bool = True,
     mask_fill: int = IGNORE,
     boxes: bool = False,
+    fit: bool = False,
 ) -> v2.Compose:
     """The augmentation of dense tasks: scale jitter, crop, mirroring, changed colours.
 
@@ -94,21 +130,35 @@ def random_crop(
         scale_range: Scales drawn from; at 1 the image has its own size.
         photometric: Change brightness, contrast, saturation and hue.
         mask_fill: Value of masks in the padding; 0 for masks of single objects.
-        boxes: Samples have boxes with labels: cut off what left the crop, drop what is all out.
+        boxes: Samples have boxes with labels, as `visible_boxes` takes them.
+        fit: At scale 1 the image just fits the size instead.
     """
     distortion = [
         v2.RandomApply([v2.ColorJitter(**{kind: amount})]) for kind, amount in DISTORTION.items()
     ]
     return v2.Compose(
         [
-            ScaleJitter(scale_range),
+            ScaleJitter(scale_range, size if fit else None),
             PadTo(size, mask_fill),
             v2.RandomCrop(size),
             v2.RandomHorizontalFlip(),
             *(distortion if photometric else []),
-            *([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()] if boxes else []),
+            *([visible_boxes()] if boxes else []),
         ]
     )
+
+
+def visible_boxes() -> v2.Compose:
+    """Boxes of what is visible of each object; one with a side below 1 pixel is dropped.
+
+    Samples are (image, {"boxes": ..., "labels": ..., and if known "masks": ...}).
+    """
+    return v2.Compose([v2.ClampBoundingBoxes(), TightenBoxes(), v2.SanitizeBoundingBoxes()])
+
+
+def whole(size: tuple[int, int]) -> v2.Compose:
+    """The whole image with its boxes, made to fit a size and padded: nothing is augmented."""
+    return v2.Compose([ScaleJitter((1.0, 1.0), size), PadTo(size, mask_fill=0), visible_boxes()])
 
 
 def middle(size: tuple[int, int]) -> v2.Compose:

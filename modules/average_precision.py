@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
@@ -53,4 +54,3 @@ class AveragePrecision(MeanAveragePrecision):
             if self.per_class:
                 told[f"{kind}_map_per_class"] = found[f"{prefix}map_per_class"]
         return {**told, "classes": found["classes"]} if self.per_class else told
-

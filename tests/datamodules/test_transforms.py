@@ -13,6 +13,8 @@ from litflora.datamodules.transforms import (
     middle,
     random_crop,
     to_tensors,
+    visible_boxes,
+    whole,
 )
 
 SHADE = 40  # an image's colour is SHADE times the class below it
@@ -132,3 +134,109 @@ def test_boxes_stay_round_their_objects() -> None:
             assert box.max() <= 64
             assert (box - torch.tensor(seen)).abs().max() <= 1
     assert {1, 2} <= set(kept)
+
+
+def drawn(box: list[int], height: int = 60, width: int = 90) -> tuple[tv_tensors.Image, dict]:
+    """A bright rectangle and another that covers all of the image's left edge."""
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    masks[0, box[1] : box[3], box[0] : box[2]] = 1
+    masks[1, :, :2] = 1
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(
+            torch.tensor([box, [0, 0, 2, height]], dtype=torch.float32),
+            format="XYXY",
+            canvas_size=(height, width),
+        ),
+        "masks": tv_tensors.Mask(masks),
+        "labels": torch.tensor([3, 7]),
+    }
+    return tv_tensors.Image((masks[0] * 255).expand(3, -1, -1)), target
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 70)])
+def test_an_object_is_found_again_in_image_mask_and_box(size: tuple[int, int]) -> None:
+    transform = random_crop(size, (0.3, 2.0), False, mask_fill=0, boxes=True, fit=True)
+    truncated = 0
+    for seed in range(80):
+        torch.manual_seed(seed)
+        image, target = transform(drawn([30, 20, 70, 50]))
+        assert len(target["boxes"]) == len(target["masks"]) == len(target["labels"])
+        assert target["boxes"].dtype == torch.float32
+        padding = (image == torch.tensor(MEAN_COLOR)[:, None, None]).all(0)
+        bright = (image[0] > 127) & ~padding
+        found = target["masks"][target["labels"] == 3]
+        assert bright.any() == (len(found) == 1)
+        if len(found):
+            # An edge may lie on the line between half bright and half dark.
+            differs = found[0].bool() != bright
+            assert differs.sum() <= 0.1 * bright.sum() + 12
+            (x0, y0, x1, y1) = target["boxes"][target["labels"] == 3][0].int().tolist()
+            inside = torch.zeros(size, dtype=torch.bool)
+            inside[y0:y1, x0:x1] = True
+            assert torch.equal(inside, found[0].bool())
+            truncated += x0 == 0 or y0 == 0 or x1 == size[1] or y1 == size[0]
+    assert 10 < truncated < 70
+
+
+def test_a_cut_object_has_a_tight_box_and_a_lost_one_none() -> None:
+    masks = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    masks[0, 2:18, 2:6] = 1
+    masks[0, 2:4, 2:18] = 1  # an L that reaches its box's right side at the top alone
+    masks[1, 1, 1] = 1
+    boxes = torch.tensor([[2.0, 2, 18, 18], [1, 1, 2, 2], [5, 5, 15, 15]])
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(20, 20)),
+        "masks": tv_tensors.Mask(masks),
+        "labels": torch.tensor([4, 5, 6]),
+    }
+    cut = v2.Compose([v2.CenterCrop((10, 20)), visible_boxes()])
+    _, out = cut((tv_tensors.Image(torch.zeros(3, 20, 20)), target))
+    assert out["labels"].tolist() == [4]
+    assert out["boxes"].tolist() == [[2, 0, 6, 10]]
+    assert out["masks"].shape == (1, 10, 20)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    "transform", [whole((32, 48)), random_crop((32, 48), boxes=True, fit=True)]
+)
+def test_an_image_may_have_no_objects(transform: v2.Transform, masks: bool) -> None:
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(50, 40)),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        **({"masks": tv_tensors.Mask(torch.zeros(0, 50, 40, dtype=torch.uint8))} if masks else {}),
+    }
+    for seed in range(5):
+        torch.manual_seed(seed)
+        image, out = transform(
+            (tv_tensors.Image(torch.zeros(3, 50, 40, dtype=torch.uint8)), target)
+        )
+        assert image.shape == (3, 32, 48)
+        assert out["boxes"].shape == (0, 4)
+        assert out["labels"].shape == (0,)
+        if masks:
+            assert out["masks"].shape == (0, 32, 48)
+
+
+def test_the_whole_image_fits() -> None:
+    image, target = whole((120, 200))(drawn([30, 20, 70, 50]))
+    assert image.shape == (3, 120, 200)
+    assert target["boxes"].tolist() == [[60, 40, 140, 100], [0, 0, 4, 120]]
+    assert torch.equal(image[0, :, :180] > 127, target["masks"][0, :, :180].bool())
+    assert not target["masks"][..., 180:].any()
+    small = whole((6, 9))(drawn([30, 20, 70, 50]))[1]  # the edge is a fifth of a pixel wide
+    assert small["labels"].tolist() == [3]
+
+
+def test_boxes_without_masks_are_cut_off() -> None:
+    boxes = torch.tensor([[10.0, 10, 60, 60], [5, 5, 6, 25]])
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(80, 80)),
+        "labels": torch.tensor([1, 2]),
+    }
+    image = tv_tensors.Image(torch.zeros(3, 80, 80, dtype=torch.uint8))
+    _, out = v2.Compose([v2.CenterCrop((40, 40)), visible_boxes()])((image, target))
+    assert out["boxes"].tolist() == [[0, 0, 40, 40]]
+    assert out["labels"].tolist() == [1]
+    _, out = whole((40, 40))((image, target))
+    assert out["boxes"].tolist() == [[5, 5, 30, 30]]  # half a pixel is not shown

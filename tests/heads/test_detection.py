@@ -170,7 +170,9 @@ def test_layers_decay_from_the_heads_down():
     inside = "detector.backbone.pyramid.backbone."
     top = max(rates.values())
     assert rates["detector.roi_heads.box_head.fc6.weight"] == top
-    assert rates[inside + "stem.0.weight"] < rates[inside + "stages.3.blocks.0.conv_dw.weight"] < top
+    assert (
+        rates[inside + "stem.0.weight"] < rates[inside + "stages.3.blocks.0.conv_dw.weight"] < top
+    )
 
 
 @pytest.mark.parametrize("name", DETECTORS)

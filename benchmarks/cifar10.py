@@ -12,20 +12,13 @@ to the screen and to a file in --out.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
 import os
 import platform
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+from runs import at_once, last, litflora, newest, once, options, spread, write
 
 RECIPE = "classification/cifar10_vit_tiny"
 TUNINGS = ["flora", "lora"]
@@ -48,10 +41,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     text = choose(args) if args.choose else measure(args)
     print(text)
-    path = args.out / ("choice.md" if args.choose else "table.md")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    write(args.out / ("choice.md" if args.choose else "table.md"), text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,7 +89,7 @@ def test_accuracy(args: argparse.Namespace, tuning: str, seed: int) -> dict[str,
     def go(folder: Path) -> dict[str, float]:
         adapter = fit(args, tuning, seed, folder, {})
         there = {"trainer.default_root_dir": folder / "test"}
-        litflora(args, folder, "test", "--adapter", adapter, *options(there))
+        litflora(args.jobs, folder, "test", "--adapter", adapter, *options(there))
         size = sum(file.stat().st_size for file in adapter.iterdir())
         return {"acc": last(folder / "test", "test/acc"), "bytes": size}
 
@@ -139,51 +129,8 @@ def fit(
         "data.init_args.root": args.root,
         "model.init_args.weights": args.weights,
     }
-    litflora(args, folder, "fit", *recipe, *options({**here, **settings}))
+    litflora(args.jobs, folder, "fit", *recipe, *options({**here, **settings}))
     return newest(folder / "fit", "adapter_config.json").parent
-
-
-def options(settings: dict[str, Any]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
-def litflora(args: argparse.Namespace, folder: Path, *words: object) -> None:
-    command = [sys.executable, "-m", "litflora", *map(str, words)]
-    env = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
-    with (folder / "log.txt").open("a") as file:
-        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, env=env)
-
-
-def once(folder: Path, go: Any) -> dict[str, float]:
-    """The result of an earlier run in this folder, or else of this one."""
-    done = folder / "result.json"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps(go(folder)))
-    return json.loads(done.read_text())
-
-
-def at_once(jobs: int, function: Any, runs: Sequence[Any]) -> list[dict[str, float]]:
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(track(pool.map(function, runs), total=len(runs), description="runs"))
-
-
-def newest(folder: Path, name: str) -> Path:
-    return max(folder.rglob(name), key=lambda path: path.stat().st_mtime)
-
-
-def last(folder: Path, name: str) -> float:
-    with newest(folder, "metrics.csv").open() as file:
-        values = [row[name] for row in csv.DictReader(file) if row.get(name)]
-    return float(values[-1])
-
-
-def spread(accuracies: Iterable[float]) -> str:
-    """Mean and standard deviation, and each, in percent."""
-    acc = [100 * value for value in accuracies]
-    deviation = statistics.stdev(acc) if len(acc) > 1 else 0.0
-    each = ", ".join(f"{value:.1f}" for value in acc)
-    return f"{statistics.mean(acc):.2f} ± {deviation:.2f} | {each}"
 
 
 def about(args: argparse.Namespace) -> str:

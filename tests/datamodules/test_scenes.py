@@ -7,6 +7,7 @@ from litflora.datamodules.scenes import (
     COLORS,
     DOMAINS,
     KINDS,
+    LAYOUTS,
     SHAPES,
     Scene,
     SceneObject,
@@ -37,6 +38,13 @@ def test_a_scene_follows_from_its_numbers() -> None:
 
 def test_kinds_take_turns_as_the_main_object() -> None:
     assert [draw_scene(3, 0, index).main.kind for index in range(20)] == list(KINDS) * 2
+
+
+def test_an_even_scene_has_shapes_alike_in_size_and_kinds_take_turns() -> None:
+    scenes = [draw_scene(3, 0, index, "even") for index in range(20)]
+    assert all(0.12 <= thing.size <= 0.22 for scene in scenes for thing in scene.objects)
+    for index, scene in enumerate(scenes):
+        assert KINDS[index % 10] in [thing.kind for thing in scene.objects]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,9 +94,10 @@ def test_front_objects_hide_those_behind_them() -> None:
     assert scene.main is back
 
 
-def test_boxes_enclose_the_visible_pixels() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_boxes_enclose_the_visible_pixels(layout: str) -> None:
     for index in range(30):
-        scene = draw_scene(0, 0, index)
+        scene = draw_scene(0, 0, index, layout)
         for (x0, y0, x1, y1), mask in zip(
             boxes(scene, SIZE).astype(int), masks(scene, SIZE), strict=True
         ):

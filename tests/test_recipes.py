@@ -84,7 +84,7 @@ def assert_holds(parsed, said):
             assert held == value, key
 
 
-@pytest.mark.parametrize("name", ["quickstart", "classification/shapes", "segmentation/shapes"])
+@pytest.mark.parametrize("name", ["quickstart", *(f"{task}shapes" for task in TASKS)])
 def test_embedded_recipe_runs(name, tmp_path):
     runs = {"trainer.default_root_dir": tmp_path, **ONE_BATCH, **SHAPES}
     fit = litflora("fit", "--config", name, *options(runs), *QUIET)
@@ -207,7 +207,8 @@ def test_backbone_has_pretrained_weights(name):
 def test_the_promised_recipes_are_there():
     promised = {"quickstart", "classification/shapes", "classification/cifar10_vit_tiny"}
     promised |= {f"classification/image_folder_{net}" for net in ("vit_tiny", "convnext_atto")}
-    promised |= {"segmentation/camvid_vit_tiny", "detection/pennfudan_vit_tiny"}
+    promised |= {"segmentation/shapes", "detection/shapes", "segmentation/camvid_vit_tiny"}
+    promised |= {f"detection/pennfudan_{net}" for net in ("vit_tiny", "convnext_atto")}
     promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
     promised |= {f"trainer/{kind}" for kind in ("cpu", "gpu", "debug")}
     assert promised <= set(RECIPES)

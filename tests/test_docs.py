@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from PIL import Image
 from shell import litflora
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/engine.md", "docs/cli.md", "docs/segmentation.md")
+PAGES = (
+    "README.md",
+    "docs/engine.md",
+    "docs/cli.md",
+    "docs/segmentation.md",
+    "docs/detection.md",
+)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -30,21 +37,40 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(block, page, "exec"), {"__name__": "example"})
 
 
-def test_a_data_set_of_ones_own_takes_a_file_and_a_recipe(tmp_path: Path, monkeypatch) -> None:
-    """As docs/segmentation.md walks through it."""
-    (tmp_path / "leaves.py").write_text(blocks("docs/segmentation.md", "python")[0])
-    (tmp_path / "leaves.yaml").write_text(blocks("docs/segmentation.md", "yaml")[0])
+def write_leaves(folder: Path) -> None:
     for split in ("train", "val"):
         for kind, mode in (("photos", "RGB"), ("labels", "L")):
-            folder = tmp_path / "leaves" / kind / split
-            folder.mkdir(parents=True)
+            (folder / kind / split).mkdir(parents=True)
             for name in ("a.png", "b.png"):
-                Image.new(mode, (40, 30), 1 if mode == "L" else (9, 99, 9)).save(folder / name)
+                image = Image.new(mode, (40, 30), 1 if mode == "L" else (9, 99, 9))
+                image.save(folder / kind / split / name)
+
+
+def write_bees(folder: Path) -> None:
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for name, text in (("a", "0 .5 .5 .4 .6\n1 .2 .2 .2 .2\n"), ("b", "")):
+            Image.new("RGB", (40, 30), (99, 99, 9)).save(folder / split / f"{name}.jpg")
+            (folder / split / f"{name}.txt").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("page", "write", "classes"),
+    [("segmentation", write_leaves, "healthy, ill"), ("detection", write_bees, "worker, drone")],
+)
+def test_a_data_set_of_ones_own_takes_a_file_and_a_recipe(
+    page: str, write: Callable[[Path], None], classes: str, tmp_path: Path, monkeypatch
+) -> None:
+    """As the page walks through it."""
+    name = write.__name__.removeprefix("write_")
+    (tmp_path / f"{name}.py").write_text(blocks(f"docs/{page}.md", "python")[0])
+    (tmp_path / f"{name}.yaml").write_text(blocks(f"docs/{page}.md", "yaml")[0])
+    write(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    fit = litflora("fit", "--config", "leaves.yaml", "--trainer.accelerator", "cpu")
+    fit = litflora("fit", "--config", f"{name}.yaml", "--trainer.accelerator", "cpu")
     assert fit.code == 0, fit.err
-    assert "2 classes: healthy, ill" in fit.out
+    assert f"2 classes: {classes}" in fit.out
     assert next(tmp_path.glob("runs/**/adapter")).is_dir()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
+from objects import write_coco, write_coco_folder, write_people, write_voc
 from shell import QUIET, litflora, make_masks, make_photos
 
 from litflora.commands.recipes import ROOT, comment, names
@@ -12,7 +13,7 @@ from litflora.commands.recipes import ROOT, comment, names
 pytestmark = pytest.mark.filterwarnings("ignore:weights is null")  # there is no hub to ask
 
 RECIPES = names()
-TASKS = ("classification/", "segmentation/")
+TASKS = ("classification/", "segmentation/", "detection/")
 # What makes a run small, by the first part of the recipe's name. Tuning, trainer and logger
 # recipes are laid over the embedded data.
 ONE_BATCH = {
@@ -83,7 +84,7 @@ def assert_holds(parsed, said):
             assert held == value, key
 
 
-@pytest.mark.parametrize("name", ["quickstart", "classification/shapes", "segmentation/shapes"])
+@pytest.mark.parametrize("name", ["quickstart", *(f"{task}shapes" for task in TASKS)])
 def test_embedded_recipe_runs(name, tmp_path):
     runs = {"trainer.default_root_dir": tmp_path, **ONE_BATCH, **SHAPES}
     fit = litflora("fit", "--config", name, *options(runs), *QUIET)
@@ -117,58 +118,115 @@ def test_part_runs_over_the_embedded_recipe(name, tmp_path):
 PHOTOS = [name for name in RECIPES if "Shapes" not in str(settings_of(name).get("data", "Shapes"))]
 
 
+OBJECTS = {
+    "CocoDataModule": write_coco,
+    "CocoFolderDataModule": write_coco_folder,
+    "PennFudanDataModule": write_people,
+    "VOCDetectionDataModule": write_voc,
+}
+# Small nets of the families of large ones.
+STAND_INS = {
+    "vit_small": "test_vit",
+    "convnext_tiny": "test_convnext",
+    "convnextv2": "test_convnext",
+}
+
+
+def backbone_of(name):
+    return settings_of(name).get("model", {}).get("init_args", {}).get("backbone", "")
+
+
+def small_model(name):
+    """The recipe's model without weights; small where its own net or its detector is large."""
+    stand_in = [net for large, net in STAND_INS.items() if backbone_of(name).startswith(large)]
+    return {
+        **({"model.init_args.backbone": stand_in[0]} if stand_in else {}),
+        **({"model.init_args.head_width": 64} if name.startswith("detection/") else {}),
+        "model.init_args.weights": "null",
+    }
+
+
+def small_data(name, folder):
+    """A few small photos.
+
+    Those of a detector are in the recipe's own layout. torchvision's data sets and masks are read
+    in the tests of their datamodules; here folders stand in.
+    """
+    if name.startswith("detection/"):
+        write = OBJECTS[settings_of(name)["data"]["class_path"].rpartition(".")[2]]
+        return {"data.init_args.root": write(folder), "data.init_args.crop_size": 64}
+    if name.startswith("segmentation/"):
+        return {
+            "data": "litflora.datamodules.MaskFolderDataModule",
+            "data.init_args.root": make_masks(folder, count=2),
+            "data.init_args.class_names": "[ground, disc]",
+            "data.init_args.crop_size": 64,
+        }
+    return {
+        "data": "litflora.datamodules.ImageFolderDataModule",
+        "data.init_args.root": make_photos(folder, count=2),
+        "data.init_args.img_size": 64,
+    }
+
+
+def fit_on_photos(name, folder, **options_):
+    """Runs a recipe in one process of a CPU."""
+    runs = {
+        **small_data(name, folder / "photos"),
+        **small_model(name),
+        "data.init_args.num_workers": 0,
+        "trainer.default_root_dir": folder,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.strategy": "auto",
+        "trainer.sync_batchnorm": "false",  # there is none on a CPU
+        **ONE_BATCH,
+    }
+    fit = litflora("fit", *base_of(name), *options({**runs, **options_}), *QUIET)
+    assert fit.code == 0, fit.err
+    assert list(folder.glob("**/version_0/adapter/adapter_model.safetensors"))
+
+
 @pytest.mark.parametrize("name", PHOTOS)
 def test_recipe_for_photos_runs(name, tmp_path):
-    """On a few small photos, with a small net of the family where the recipe's own is large.
+    fit_on_photos(name, tmp_path)
 
-    torchvision's data sets are read in the tests of their datamodule; here folders stand in.
-    """
-    dense = name.startswith("segmentation/")
-    data, sides = ("MaskFolder", "crop_size") if dense else ("ImageFolder", "img_size")
-    photos = (make_masks if dense else make_photos)(tmp_path / "photos", count=2)
-    backbone = settings_of(name).get("model", {}).get("init_args", {}).get("backbone", "")
-    small = {"vit_small": "test_vit", "convnext_tiny": "test_convnext"}
-    stand_in = [net for large, net in small.items() if backbone.startswith(large)]
-    folders = {
-        **({"model.init_args.backbone": stand_in[0]} if stand_in else {}),
-        "data": f"litflora.datamodules.{data}DataModule",
-        "data.init_args.root": photos,
-        f"data.init_args.{sides}": 64,
-        **({"data.init_args.class_names": "[ground, disc]"} if dense else {}),
-        "data.init_args.num_workers": 0,
-        "model.init_args.weights": "null",
-        "trainer.default_root_dir": tmp_path,
-        "trainer.accelerator": "cpu",
-    }
-    fit = litflora("fit", *base_of(name), *options({**folders, **ONE_BATCH}), *QUIET)
-    assert fit.code == 0, fit.err
-    assert list(tmp_path.glob("**/version_0/adapter/adapter_model.safetensors"))
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet", "fcos"])
+def test_a_detector_is_one_option(detector, tmp_path):
+    """As docs/detection.md has it."""
+    chosen = {"model.detector": detector, "data.masks": str(detector == "mask_rcnn").lower()}
+    fit_on_photos("detection/coco_folder_vit_tiny", tmp_path, **chosen)
 
 
 @pytest.mark.parametrize("name", [name for name in PHOTOS if "model" in settings_of(name)])
 def test_backbone_has_pretrained_weights(name):
-    backbone = settings_of(name)["model"]["init_args"]["backbone"]
-    assert timm.models.get_pretrained_cfg(backbone).hf_hub_id
+    assert timm.models.get_pretrained_cfg(backbone_of(name)).hf_hub_id
 
 
 def test_the_promised_recipes_are_there():
     promised = {"quickstart", "classification/shapes", "classification/cifar10_vit_tiny"}
     promised |= {f"classification/image_folder_{net}" for net in ("vit_tiny", "convnext_atto")}
+    promised |= {"segmentation/shapes", "detection/shapes", "segmentation/camvid_vit_tiny"}
+    promised |= {f"detection/pennfudan_{net}" for net in ("vit_tiny", "convnext_atto")}
     promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
     promised |= {f"trainer/{kind}" for kind in ("cpu", "gpu", "debug")}
     assert promised <= set(RECIPES)
 
 
-def test_every_dataset_of_masks_has_a_recipe_for_either_family():
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_every_dense_dataset_has_a_recipe_for_either_family(task):
     from litflora import datamodules
+    from litflora.datamodules.detection_files import DetectionFilesDataModule
     from litflora.datamodules.mask_files import MaskFilesDataModule
 
+    kind = MaskFilesDataModule if task == "segmentation" else DetectionFilesDataModule
     classes = {name for name in datamodules.__all__ if "DataModule" in name}
-    masks = {n for n in classes if issubclass(getattr(datamodules, n), MaskFilesDataModule)}
+    shipped = {name for name in classes if issubclass(getattr(datamodules, name), kind)}
     for family in ("vit", "convnext"):
-        found = [n for n in RECIPES if n.startswith("segmentation/") and f"_{family}_" in n]
+        found = [n for n in RECIPES if n.startswith(f"{task}/") and f"_{family}_" in n]
         told = {settings_of(name)["data"]["class_path"].rpartition(".")[2] for name in found}
-        assert told == masks
+        assert told == shipped
 
 
 def test_every_dataset_has_a_recipe():

@@ -12,6 +12,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
     from ..module import TuningModule
 
+FACTORIES = ("optimizer_factory", "scheduler_factory")
+
 
 class EMA(WeightAveraging):
     """Evaluates and saves the exponential moving average of the weights that train.
@@ -36,6 +38,16 @@ class EMA(WeightAveraging):
             raise ValueError(f"decay must lie in [0, 1), not {decay}")
         # This function leaves equal numbers equal bit for bit, and so a frozen base.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the average as a copy of the module, but for what makes optimizer and schedule.
+
+        On the command line those lead to the data and the trainer, and its processes.
+        """
+        factories = {name: vars(pl_module)[name] for name in FACTORIES}
+        vars(pl_module).update(dict.fromkeys(FACTORIES))
+        super().setup(trainer, pl_module, stage)
+        vars(pl_module).update(factories)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the average to the weights, which have reached their device; shares the base."""

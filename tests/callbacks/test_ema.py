@@ -50,6 +50,23 @@ def fit(base, folder, *callbacks, ckpt_path=None, tuning=None, decay=DECAY, **op
     return made, watch, run
 
 
+class Uncopied:
+    """As a trainer of several processes is, to which the command line's factories lead."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+    def __call__(self, optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def test_the_copy_is_one_of_weights_alone(base, tmp_path):
+    made = module(base)
+    made.scheduler_factory = Uncopied()
+    trainer(tmp_path, callbacks=[EMA(DECAY)]).fit(made, Colours(root=str(tmp_path)))
+    assert isinstance(made.scheduler_factory, Uncopied)
+
+
 def average(steps):
     found = steps[0]
     for step in steps[1:]:

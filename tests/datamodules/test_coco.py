@@ -9,54 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objects import SIZE, Content, annotation, content, write_coco, write_coco_folder
 from PIL import Image
 
 from litflora.datamodules import CocoDataModule, CocoFolderDataModule
 
-SIZE = (40, 30)
-Content = dict[str, Any]
-
-
-def square(x: float, y: float, side: float) -> list[list[float]]:
-    return [[x, y, x + side, y, x + side, y + side, x, y + side]]
-
-
-def annotation(number: int, image: int, category: int, box: list[float], **more: Any) -> Content:
-    ring = square(box[0], box[1], 8)
-    given = {"id": number, "image_id": image, "category_id": category, "bbox": box}
-    return {**given, "segmentation": ring, "iscrowd": 0, "area": 50.0, **more}
-
-
-def content() -> Content:
-    """Images with two objects and a crowd, with one object, with none, with a packed crowd."""
-    crowd = {"size": [30, 40], "counts": [5, 20, 1175]}
-    packed = {"size": [30, 40], "counts": "T3b1bS1"}
-    return {
-        "images": [
-            {"id": 10 * i, "file_name": f"{i}.png", "width": SIZE[0], "height": SIZE[1]}
-            for i in (4, 3, 2, 1)
-        ],
-        "categories": [
-            {"id": 9, "name": "dog"},
-            {"id": 2, "name": "cat"},
-            {"id": 5, "name": "eel"},
-        ],
-        "annotations": [
-            annotation(1, 40, 9, [4.5, 3.0, 8.0, 8.0]),
-            annotation(2, 30, 2, [20.0, 10.0, 8.0, 8.0]),
-            annotation(3, 40, 2, [20.0, 10.0, 8.0, 8.0], area=64.0),
-            annotation(4, 40, 9, [0.0, 5.0, 1.0, 20.0], segmentation=crowd, iscrowd=1),
-            annotation(5, 10, 5, [3.0, 10.0, 2.0, 20.0], segmentation=packed, iscrowd=1),
-        ],
-    }
-
 
 def build(root: Path, given: Any = None, **options: Any) -> CocoFolderDataModule:
-    for name in "1234":
-        if not (root / f"{name}.png").exists():
-            Image.new("RGB", SIZE, (int(name), 0, 0)).save(root / f"{name}.png")
-    for name in ("train.json", "val.json"):
-        (root / name).write_text(json.dumps(given or content()))
+    write_coco_folder(root, given)
     options = {"train_json": "train.json", "val_json": "val.json", "crop_size": 24, **options}
     return CocoFolderDataModule(str(root), **options)
 
@@ -333,12 +293,7 @@ def test_other_colours_are_read(tmp_path: Path, mode: str) -> None:
 def test_flaws_of_the_published_file_are_left_out(tmp_path: Path) -> None:
     given = content()
     given["annotations"].append(annotation(918, 40, 9, [4, 4, 3, 0]))
-    for name in ("train", "val"):
-        (tmp_path / f"{name}2017").mkdir()
-        for number in "1234":
-            Image.new("RGB", SIZE).save(tmp_path / f"{name}2017" / f"{number}.png")
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        (tmp_path / f"annotations/instances_{name}2017.json").write_text(json.dumps(given))
+    write_coco(tmp_path, given)
     data = CocoDataModule(str(tmp_path))
     data.setup()
     assert [len(data.datasets["test"][i][1]["boxes"]) for i in range(4)] == [3, 1, 0, 1]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from objects import SIZE, content, thing, write_people, write_voc, xml
 from PIL import Image
 from torch import Tensor
 
@@ -23,48 +23,6 @@ from litflora.datamodules.detection import DetectionDataModule
 from litflora.datamodules.scenes import KINDS
 
 from .test_coco import build as coco_folder
-from .test_coco import content
-
-SIZE = (40, 30)
-
-
-def write_voc(root: Path, **files: str) -> Path:
-    """Four images with a dog each and, in the second, a difficult cat; files replace some."""
-    home = root / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (home / folder).mkdir(parents=True, exist_ok=True)
-    for number in range(4):
-        Image.new("RGB", SIZE).save(home / f"JPEGImages/{number}.jpg")
-        cat = thing("cat", 1, 1, 40, 30, difficult=1) if number == 1 else ""
-        text = xml(thing("dog", 11, 6, 20, 12.5) + cat)
-        (home / f"Annotations/{number}.xml").write_text(files.get(f"file{number}", text))
-    (home / "ImageSets/Main/train.txt").write_text("0\n1\n")
-    (home / "ImageSets/Main/val.txt").write_text("1 -1\n2  1\n3\n")
-    return root
-
-
-def xml(objects: str) -> str:
-    size = f"<size><width>{SIZE[0]}</width><height>{SIZE[1]}</height><depth>3</depth></size>"
-    return f"<annotation>{size}{objects}</annotation>"
-
-
-def thing(name: str, *corners: float, difficult: int = 0) -> str:
-    keys = ("xmin", "ymin", "xmax", "ymax")
-    box = "".join(f"<{key}>{value}</{key}>" for key, value in zip(keys, corners, strict=True))
-    part = "<part><name>head</name><bndbox><xmin>0</xmin></bndbox></part>"
-    told = f"<difficult>{difficult}</difficult>" if difficult else ""  # old files leave 0 out
-    return f"<object><name>{name}</name>{told}{part}<bndbox>{box}</bndbox></object>"
-
-
-def write_people(root: Path, count: int = 10) -> Path:
-    for folder in ("PNGImages", "PedMasks"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        ids = np.zeros(SIZE[::-1], np.uint8)
-        ids[5:25, 4:9], ids[10:30, 20:35] = 1, 2
-        Image.fromarray(ids * 100).convert("RGB").save(root / f"PNGImages/{number}.png")
-        Image.fromarray(ids).save(root / f"PedMasks/{number}_mask.png")
-    return root
 
 
 def voc(root: Path, **options: Any) -> VOCDetectionDataModule:

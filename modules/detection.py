@@ -202,7 +202,7 @@ class DetectionModule(DenseModule):
         return {"names": list(names), "found": self(images)}
 
     def _log_precisions(self, stage: str, metric: AveragePrecision) -> None:
-        precisions = {k: v for k, v in metric.compute().items() if v.ndim == 0 and k != "classes"}
-        for name, value in precisions.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
+        for name, value in metric.compute().items():
+            if name != "classes" and not name.endswith("per_class"):
+                self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
         metric.reset()

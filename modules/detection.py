@@ -44,7 +44,7 @@ class DetectionModule(DenseModule):
         detector: str = "faster_rcnn",
         head_width: int = 256,
         anchor_scale: float | None = None,
-        detector_options: dict[str, float] | None = None,
+        detector_options: dict[str, int | float] | None = None,
         tuning: Tuning | None = None,
         neck_tuning: Tuning | None = None,
         head_tuning: Tuning | None = None,

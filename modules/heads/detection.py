@@ -239,10 +239,9 @@ class DetectionNet(Wrapper):
 
     def _before_boxes(self) -> list[nn.Module]:
         """What gives maps, whose dtype is the anchors', and numbers that boxes are made from."""
-        found = [self.detector.backbone]
-        if hasattr(self.detector, "head"):
-            return [*found, self.detector.head]
-        return [*found, self.detector.rpn.head, self.detector.roi_heads.box_predictor]
+        in_one_stage = hasattr(self.detector, "head")
+        heads = ["head"] if in_one_stage else ["rpn.head", "roi_heads.box_predictor"]
+        return [self.detector.get_submodule(name) for name in ("backbone", *heads)]
 
     def parts(self) -> dict[str, list[str]]:
         """Names of the modules of backbone, neck and head, but those without parameters."""

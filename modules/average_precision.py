@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import numpy as np
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
@@ -39,10 +40,19 @@ class AveragePrecision(MeanAveragePrecision):
             raise ImportError("average precision needs an extra: pip install 'litflora[dense]'")
         super().__init__(
             iou_type=("bbox", "segm") if masks else "bbox",
+            # torchmetrics' own are rounded to float32: a recall of just 0.1 would miss its step.
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
             class_metrics=per_class,
             backend="faster_coco_eval",
         )
         self.per_class = per_class
+        self.warn_on_many_detections = False  # that the best 100 count is COCO's definition
+
+    def update(self, preds: list[dict[str, Tensor]], target: list[dict[str, Tensor]]) -> None:
+        """Takes what was found in each image, and its target."""
+        # Half precision would round a box's size once more.
+        super().update([{**found, "boxes": found["boxes"].float()} for found in preds], target)
 
     def compute(self) -> dict[str, Tensor]:
         """The precisions: ``box_map``, ``box_map50``, ..., and ``mask_map``, ... if asked for."""

@@ -101,6 +101,10 @@ class DetectionModule(DenseModule):
             layer_decay=layer_decay,
         )
         check_detector(detector, detector_options or {})
+        if anchor_scale is not None and not anchor_scale > 0:
+            raise ValueError(f"anchor_scale must be above 0, not {anchor_scale}")
+        if head_width < 1:
+            raise ValueError(f"head_width must be at least 1, not {head_width}")
         self.backbone = backbone
         self.detector = detector
         self.head_width = head_width
@@ -111,6 +115,20 @@ class DetectionModule(DenseModule):
         self.masks = detector == "mask_rcnn"
         self.val_metrics = AveragePrecision(self.masks)
         self.test_metrics = AveragePrecision(self.masks, per_class=True)
+
+    def setup(self, stage: str) -> None:
+        """Checks, before the network is built, that data and precision suit it."""
+        super().setup(stage)
+        lacking = getattr(self.trainer.datamodule, "masks", True) is False
+        if self.masks and lacking and stage != "predict":
+            raise ValueError(
+                "mask_rcnn learns masks, and the data give none: set data.init_args.masks true, "
+                "or take faster_rcnn"
+            )
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision {self.trainer.precision} is too coarse for boxes: use bf16-mixed"
+            )
 
     def configure_callbacks(self) -> list[Callback]:
         """The gallery of a fit, the classes' table of a test, and the files of a prediction."""
@@ -202,7 +220,7 @@ class DetectionModule(DenseModule):
         return {"names": list(names), "found": self(images)}
 
     def _log_precisions(self, stage: str, metric: AveragePrecision) -> None:
-        precisions = {k: v for k, v in metric.compute().items() if v.ndim == 0 and k != "classes"}
-        for name, value in precisions.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
+        for name, value in metric.compute().items():
+            if name != "classes" and not name.endswith("per_class"):
+                self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
         metric.reset()

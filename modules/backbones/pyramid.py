@@ -50,6 +50,8 @@ def create_pyramid(
     sketch = Pyramid(without_weights(name), blocks, width, finest)
     if img_size is not None:
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if len(sides) != 2:
+            raise ValueError(f"img_size must be a side, or height and width, not {img_size}")
         height, breadth = (side + -side % sketch.divisor for side in sides)
         img_size = (height, breadth)
     net = build(name, weights, 0, img_size, drop_path)

@@ -54,7 +54,8 @@ class DetectionWriter(Callback):
             return
         data, names = trainer.datamodule, pl_module.class_names
         image_ids = getattr(data, "image_ids", {})
-        category_ids = getattr(data, "category_ids", range(1, len(names) + 1))
+        # Of images to predict alone, nobody knows the classes' ids.
+        category_ids = getattr(data, "category_ids", None) or range(1, len(names) + 1)
         drawn = find_spec("matplotlib") is not None
         drawing = BoxDrawing(names, getattr(data, "palette", ())) if drawn else None
         for image, name, found in zip(batch[0], outputs["names"], outputs["found"], strict=True):

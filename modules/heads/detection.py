@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
@@ -208,6 +209,8 @@ class DetectionNet(Wrapper):
             **parts,
             **options,
         )
+        for module in self._before_boxes():
+            module.register_forward_hook(_full_precision)
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Any:
         """Losses by name in training, else what is found in each image.
@@ -234,6 +237,12 @@ class DetectionNet(Wrapper):
             told["masks"] = found["masks"][:, 0] > 0.5
         return told
 
+    def _before_boxes(self) -> list[nn.Module]:
+        """What gives maps, whose dtype is the anchors', and numbers that boxes are made from."""
+        in_one_stage = hasattr(self.detector, "head")
+        heads = ["head"] if in_one_stage else ["rpn.head", "roi_heads.box_predictor"]
+        return [self.detector.get_submodule(name) for name in ("backbone", *heads)]
+
     def parts(self) -> dict[str, list[str]]:
         """Names of the modules of backbone, neck and head, but those without parameters."""
         maps = ["pyramid.neck", "fpn", "coarser"]
@@ -253,3 +262,12 @@ class DetectionNet(Wrapper):
 
     def _has_parameters(self, name: str) -> bool:
         return any(True for _ in self.get_submodule(name).parameters())
+
+
+def _full_precision(module: nn.Module, args: Any, output: Any) -> Any:
+    """Undoes autocast: bfloat16 has no more than 8 bits, and a photo more pixels."""
+    if isinstance(output, Tensor):
+        return output.float() if output.dtype in (torch.bfloat16, torch.half) else output
+    if isinstance(output, dict):
+        return {key: _full_precision(module, args, value) for key, value in output.items()}
+    return type(output)(_full_precision(module, args, value) for value in output)

@@ -142,6 +142,22 @@ def test_an_image_is_judged_alone():
     torch.testing.assert_close(together[0]["boxes"], alone["boxes"], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_and_scores_are_whole_in_mixed_precision(name):
+    """bfloat16 tells 256 from 258, and nothing between."""
+    net = made(name, size=(200, 300), options=EAGER[name])
+    (image, _), targets = scene()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = net([image, image], targets)
+        (found,) = net.eval()([torch.randn(3, 200, 300)])
+        (maps, *_) = net.detector.backbone(image[None]).values()
+    sum(losses.values()).backward()
+    assert maps.dtype == torch.float32  # the anchors' is the same
+    for key in ("boxes", "scores"):
+        assert found[key].dtype == torch.float32
+        assert not torch.equal(found[key], found[key].bfloat16().float()), key
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_only_the_backbone_is_adapted_and_all_else_trains(backbone):
     net = made("mask_rcnn", backbone)

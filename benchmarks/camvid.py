@@ -18,8 +18,9 @@ import statistics
 import time
 from pathlib import Path
 
-from runs import at_once, last, litflora, newest, once, options, spread, write
 from safetensors import safe_open
+
+from runs import at_once, last, litflora, newest, once, options, spread, write
 
 TUNINGS = ["probe", "lora", "flora", "full"]
 
@@ -31,11 +32,13 @@ def main() -> None:
     recipes = [recipe for recipe, path in weights.items() if path]
     runs = list(itertools.product(recipes, args.tunings, args.seeds))
     results = at_once(args.jobs, lambda run: fit(args, weights[run[0]], *run), runs)
+    seeds = ", ".join(map(str, args.seeds))
+    heading = ("recipe", "tuning", "numbers saved", "val mIoU", "each seed", "seconds", "folder")
     lines = [
-        f"Seeds {', '.join(map(str, args.seeds))}, {os.cpu_count()} cores, {args.jobs} runs at a time.",
+        f"Seeds {seeds}, {os.cpu_count()} cores, {args.jobs} runs at a time.",
         "",
-        "| recipe | tuning | numbers saved, head included | val mIoU | each seed | seconds | adapter folder |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heading)} |",
+        "|---" * len(heading) + "|",
     ]
     for recipe, tuning in itertools.product(recipes, args.tunings):
         rows = [r for run, r in zip(runs, results, strict=True) if run[:2] == (recipe, tuning)]

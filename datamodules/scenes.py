@@ -234,13 +234,3 @@ def masks(scene: Scene, size: int) -> NDArray[np.bool_]:
     hidden = np.logical_or.accumulate(front_first, axis=0)[::-1]
     inside[:-1] &= ~hidden[1:]
     return inside
-
-
-def boxes(scene: Scene, size: int) -> Floats:
-    """The corners x0, y0, x1, y1 round each object's visible pixels, in pixels: [objects, 4]."""
-    return np.array([_box(mask) for mask in masks(scene, size)], np.float32)
-
-
-def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

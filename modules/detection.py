@@ -130,6 +130,18 @@ class DetectionModule(DenseModule):
                 f"precision {self.trainer.precision} is too coarse for boxes: use bf16-mixed"
             )
 
+    def on_fit_start(self) -> None:
+        """Checks that images are judged at the size that they are trained at."""
+        assert self.net is not None
+        size = self.net.detector.transform.size
+        crop = getattr(self.trainer.datamodule, "crop_size", size)
+        if tuple(crop) != size:
+            raise ValueError(
+                f"training images have {' x '.join(map(str, crop))} pixels (data.crop_size), and "
+                f"others are made to fit {' x '.join(map(str, size))} (model.img_size): give both "
+                "the same"
+            )
+
     def configure_callbacks(self) -> list[Callback]:
         """The gallery of a fit, the classes' table of a test, and the files of a prediction."""
         return [Gallery(), ClassTable(), DetectionWriter()]

@@ -119,7 +119,10 @@ def _size_options(name: str, img_size: int | tuple[int, int] | None) -> dict[str
         if min(sides) < smallest:
             raise ValueError(f"img_size {img_size} is too small for {name}: at least {smallest}")
         return options
-    patch = net.patch_embed.patch_size[0]
+    embedding = getattr(net, "patch_embed", None)
+    if not hasattr(embedding, "patch_size"):
+        raise ValueError(f"{name} takes images of its own size only: leave img_size out")
+    patch = embedding.patch_size[0]
     for side in sides:
         if side < patch or side % patch:
             below = max(side // patch, 1) * patch

@@ -248,7 +248,8 @@ def _blocks(backbone: nn.Module, blocks: Sequence[int] | None) -> list[int]:
     if blocks is None and stride not in STRIDES:
         raise ValueError(
             f"{_name(backbone)} has patches of {stride} px, and a simple feature pyramid halves "
-            f"and doubles them to strides {STRIDES}: name blocks, whose maps are used as they are"
+            f"and doubles them to strides {STRIDES}: take one with patches of 8, 16 or 32 px or, "
+            "for segmentation, name blocks, whose maps are used as they are"
         )
     taken = [depth - 1] if blocks is None else list(blocks)
     if not taken or taken != sorted(set(taken)) or taken[0] < 0 or taken[-1] >= depth:

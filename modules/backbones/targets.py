@@ -32,7 +32,8 @@ def default_targets(net: nn.Module, tuning: Tuning, module: str = "") -> list[st
 
     Every method adapts the linear and 1x1 layers of the blocks. FLoRA keeps a kernel's shape and
     so adapts the other convolutions of the blocks too: ConvNeXt's depthwise and downsampling. In a
-    module without blocks, as a head is, all of its layers of these kinds are adapted.
+    module without blocks, as a head is, all of its layers of these kinds are adapted, and where it
+    has none of them, its other convolutions.
 
     Args:
         net: A timm model; its ``group_matcher`` says what its blocks are.
@@ -47,7 +48,9 @@ def default_targets(net: nn.Module, tuning: Tuning, module: str = "") -> list[st
     adapted = _adapted(net, every_conv)
     names = [_glob(name) for name in adapted if not module or is_inside(name, [module])]
     if module and not names:
-        return ["all" if every_conv else "linear"]
+        inside = net.get_submodule(module).modules()
+        flat = any(isinstance(m, nn.Linear) or _is_pointwise(m) for m in inside)
+        return ["linear" if flat and not every_conv else "all"]
     if not names:
         raise ValueError(
             f"{type(net).__name__} has no linear or 1x1 layer in blocks: name tuning.targets"
@@ -62,9 +65,13 @@ def _adapted(net: nn.Module, every_conv: bool) -> Iterator[str]:
         if not any(re.match(pattern, name) for pattern in in_blocks):
             continue
         conv = isinstance(module, nn.Conv2d)
-        pointwise = conv and max(module.kernel_size) == 1 and module.groups == 1
-        if isinstance(module, nn.Linear) or pointwise or (conv and every_conv):
+        if isinstance(module, nn.Linear) or _is_pointwise(module) or (conv and every_conv):
             yield name
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    conv = isinstance(module, nn.Conv2d)
+    return conv and max(module.kernel_size) == 1 and module.groups == 1
 
 
 def _glob(name: str) -> str:

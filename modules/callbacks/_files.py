@@ -26,8 +26,9 @@ def picture_path(data: Any, folder: Path, name: str) -> Path:
     in neither, the last part.
     """
     root = getattr(data, "predict_root", None) or getattr(data, "root", None)
-    inside = root is not None and Path(name).is_relative_to(root)
-    relative = os.path.relpath(name, root) if inside else Path(name).name
+    relative = Path(name).name if root is None else os.path.relpath(name, root)
+    if relative.startswith(os.pardir):
+        relative = Path(name).name
     return folder / "predictions" / f"{relative}.png"
 
 

@@ -29,14 +29,21 @@ class DetectionWriter(Callback):
     """
 
     file: TextIO | None = None
+    drawing: BoxDrawing | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens this process's part of the results: masks of many images fit into no memory."""
         self.folder = log_dir(trainer)
         if trainer.fast_dev_run:
             return
+        data, names = trainer.datamodule, pl_module.class_names
+        self.image_ids = getattr(data, "image_ids", {})
+        # Of images to predict alone, nobody knows the classes' ids.
+        self.category_ids = getattr(data, "category_ids", None) or range(1, len(names) + 1)
         if find_spec("matplotlib") is None:
             rank_zero_warn("no predictions are drawn: pip install 'litflora[plots]'")
+        else:
+            self.drawing = BoxDrawing(names, getattr(data, "palette", ()))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = _part(self.folder, trainer.global_rank).open("w")
 
@@ -52,19 +59,13 @@ class DetectionWriter(Callback):
         """Writes and draws the objects of a batch."""
         if self.file is None:
             return
-        data, names = trainer.datamodule, pl_module.class_names
-        image_ids = getattr(data, "image_ids", {})
-        # Of images to predict alone, nobody knows the classes' ids.
-        category_ids = getattr(data, "category_ids", None) or range(1, len(names) + 1)
-        drawn = find_spec("matplotlib") is not None
-        drawing = BoxDrawing(names, getattr(data, "palette", ())) if drawn else None
         for image, name, found in zip(batch[0], outputs["names"], outputs["found"], strict=True):
             found = {key: value.cpu() for key, value in found.items()}
-            for item in results(image_ids.get(name, name), category_ids, found):
+            for item in results(self.image_ids.get(name, name), self.category_ids, found):
                 self.file.write(json.dumps(item) + "\n")
-            if drawing is not None:
-                figure = drawing.picture(image.cpu(), found)
-                with replacing(picture_path(data, self.folder, name)) as temporary:
+            if self.drawing is not None:
+                figure = self.drawing.picture(image.cpu(), found)
+                with replacing(picture_path(trainer.datamodule, self.folder, name)) as temporary:
                     figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # twice as fast
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,7 +79,8 @@ class DetectionWriter(Callback):
             path = self.folder / "predictions.json"
             parts = [_part(self.folder, rank) for rank in range(trainer.world_size)]
             count = _join(parts, path)
-            print(f"{count} predicted objects are in {path}, drawn in {path.with_suffix('')}")
+            drawn = "" if self.drawing is None else f", drawn in {path.with_suffix('')}"
+            print(f"{count} predicted objects are in {path}{drawn}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -52,7 +52,8 @@ class Gallery(Callback):
             return
         drawing = pl_module.drawing(data.class_names, data.palette)
         chosen = _spread(data.datasets["val"], self.samples)
-        rows = [_row(drawing, pl_module, *sample) for sample in chosen]
+        with trainer.precision_plugin.val_step_context():  # as the samples are judged
+            rows = [_row(drawing, pl_module, *sample) for sample in chosen]
         path = log_dir(trainer) / "gallery" / f"epoch_{epoch:03d}.png"
         if trainer.is_global_zero:
             publish(trainer, draw(drawing, rows), path, "val/gallery")

@@ -18,6 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..backbones.pyramid import Pyramid, Wrapper
+from .fitting import Fit
 
 Target = dict[str, Tensor]
 
@@ -148,9 +149,13 @@ def check_detector(name: str, options: Mapping[str, Any]) -> None:
     taken = inspect.signature(DETECTORS[name].made).parameters.values()
     plain = [p.name for p in taken if isinstance(p.default, (int, float))]
     known = [name for name in plain if name not in ("min_size", "max_size")]  # these are img_size
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise ValueError(f"{name} takes no option {unknown[0]!r}: it takes {', '.join(known)}")
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{name} takes no option {option!r}: it takes {', '.join(known)}")
+        share = option.endswith(("thresh", "fraction"))
+        if not (0 <= value <= 1 if share else value > 0):
+            allowed = "between 0 and 1" if share else "above 0"
+            raise ValueError(f"detector_options: {option} must be {allowed}, not {value}")
 
 
 def finest_stride(name: str) -> int:
@@ -186,8 +191,8 @@ class DetectionNet(Wrapper):
             pyramid: Makes maps, the finest of `finest_stride`.
             num_classes: Number of classes, without background.
             width: Channels of the maps and of the heads on them.
-            img_size: What images of an evaluation are resized to: the shorter side to the smaller
-                number unless the longer one would pass the larger. Training images are left alone.
+            img_size: Height and width of training images in pixels, which those of an evaluation
+                are resized to fit.
             anchor_scale: Side of the anchors in strides of their map; None is as published.
             options: Other arguments of torchvision's class, such as ``box_score_thresh``.
         """
@@ -198,17 +203,8 @@ class DetectionNet(Wrapper):
         maps = FeatureMaps(pyramid, width, kind.halvings)
         parts = kind.parts(maps, num_classes, anchor_scale or kind.anchor_scale)
         self.first_label = kind.first_label
-        self.detector = kind.made(
-            maps,
-            min_size=min(img_size),
-            max_size=max(img_size),
-            image_mean=[0.0] * 3,
-            image_std=[1.0] * 3,
-            size_divisible=pyramid.divisor,
-            _skip_resize=True,
-            **parts,
-            **options,
-        )
+        self.detector = kind.made(maps, **parts, **options)
+        self.detector.transform = Fit(img_size, pyramid.divisor)
         for module in self._before_boxes():
             module.register_forward_hook(_full_precision)
 
@@ -225,7 +221,8 @@ class DetectionNet(Wrapper):
             ``labels`` [n] from 0, ``scores`` [n] and for Mask R-CNN ``masks`` [n, H, W], bool.
         """
         if self.training:
-            assert targets is not None
+            if targets is None:
+                raise ValueError("a detector in training mode needs targets: call eval() to detect")
             shifted = [{**t, "labels": t["labels"] + self.first_label} for t in targets]
             return self.detector(images, shifted)
         return [self._told(found) for found in self.detector(images)]

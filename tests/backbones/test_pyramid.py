@@ -185,7 +185,7 @@ def test_questions_that_timm_answers():
     ("name", "options", "said"),
     [
         ("convnext_tny", {}, "did you mean 'convnext_tiny'"),
-        ("vit_small_patch14_dinov2", {}, "patches of 14 px.*: name blocks"),
+        ("vit_small_patch14_dinov2", {}, "patches of 14 px.*name blocks"),
         ("test_vit", {"blocks": [3, 6]}, r"from 0 to 5 in test_vit, not \[3, 6\]"),
         ("test_vit", {"blocks": [3, 1]}, r"rising order .* not \[3, 1\]"),
         ("test_vit", {"blocks": []}, "blocks must be"),

@@ -7,11 +7,9 @@ from litflora.datamodules.scenes import (
     COLORS,
     DOMAINS,
     KINDS,
-    LAYOUTS,
     SHAPES,
     Scene,
     SceneObject,
-    boxes,
     draw_scene,
     masks,
     render,
@@ -92,18 +90,6 @@ def test_front_objects_hide_those_behind_them() -> None:
     red, green, blue = render(scene, SIZE)[32, 32] / 255
     assert abs(np.array([red, green, blue]) - COLORS["green"]).max() < 0.1
     assert scene.main is back
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_boxes_enclose_the_visible_pixels(layout: str) -> None:
-    for index in range(30):
-        scene = draw_scene(0, 0, index, layout)
-        for (x0, y0, x1, y1), mask in zip(
-            boxes(scene, SIZE).astype(int), masks(scene, SIZE), strict=True
-        ):
-            assert mask.sum() == mask[y0:y1, x0:x1].sum() > 0
-            edges = mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]
-            assert all(edge.any() for edge in edges)
 
 
 def test_domains_draw_the_same_scene_differently() -> None:

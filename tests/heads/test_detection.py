@@ -1,10 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 
 from litflora.adapters import FLoRA, inject, merge
 from litflora.backbones import create_pyramid, default_targets, normalization
+from litflora.datamodules.transforms import MEAN_COLOR, whole
 from litflora.heads import classifier_names
 from litflora.heads.detection import DETECTORS, DetectionNet, finest_stride
 from litflora.optim import build_optimizer, default_optimizer
@@ -133,29 +135,35 @@ def test_images_of_an_evaluation_are_resized_and_those_of_a_training_are_not():
     assert (padded[..., 80:] == 0).all(), "the mean colour"
 
 
-def test_an_image_is_judged_alone():
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_image_is_judged_alone(backbone):
     """Neither its neighbours in the batch nor their sizes change what is found."""
-    net = made("mask_rcnn", options=EAGER["mask_rcnn"]).eval()
-    images = [torch.randn(3, 64, 64), torch.randn(3, 64, 64)]
+    net = made("mask_rcnn", backbone, options=EAGER["mask_rcnn"]).eval()
+    images = [torch.randn(3, 64, 32), torch.randn(3, 40, 90), torch.randn(3, 64, 64)]
     with torch.no_grad():
         together, (alone,) = net(images), net(images[:1])
     torch.testing.assert_close(together[0]["boxes"], alone["boxes"], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_boxes_and_scores_are_whole_in_mixed_precision(name):
-    """bfloat16 tells 256 from 258, and nothing between."""
-    net = made(name, size=(200, 300), options=EAGER[name])
-    (image, _), targets = scene()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = net([image, image], targets)
-        (found,) = net.eval()([torch.randn(3, 200, 300)])
-        (maps, *_) = net.detector.backbone(image[None]).values()
-    sum(losses.values()).backward()
-    assert maps.dtype == torch.float32  # the anchors' is the same
-    for key in ("boxes", "scores"):
-        assert found[key].dtype == torch.float32
-        assert not torch.equal(found[key], found[key].bfloat16().float()), key
+def test_images_are_judged_as_they_are_trained_on():
+    """Resized and padded by the datamodules or by the net, an image gives the same maps."""
+    size = (64, 96)
+    photo = torch.randint(0, 256, (3, 150, 130), dtype=torch.uint8)
+    sample = (
+        tv_tensors.Image(photo),
+        {
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.zeros(0, 4), format="XYXY", canvas_size=(150, 130)
+            ),
+            "labels": torch.zeros(0).long(),
+        },
+    )
+    trained_on, _ = whole(size)(sample)
+    net = made("faster_rcnn", size=size).eval()
+    mean = torch.tensor(MEAN_COLOR).view(3, 1, 1)
+    judged = net.detector.transform([photo - mean.float()])[0].tensors[0]
+    assert judged.shape[-2:] == trained_on.shape[-2:] == size
+    assert (judged + mean - trained_on).abs().max() < 1
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -214,6 +222,8 @@ def test_a_merged_detector_finds_what_the_adapted_one_does(name):
     [
         ("yolo", {}, "no detector is called 'yolo': there are faster_rcnn, mask_rcnn"),
         ("fcos", {"box_nms_thresh": 0.5}, "fcos takes no option 'box_nms_thresh': it takes"),
+        ("fcos", {"nms_thresh": 5}, "detector_options: nms_thresh must be between 0 and 1, not 5"),
+        ("mask_rcnn", {"box_detections_per_img": 0}, "must be above 0, not 0"),
         ("mask_rcnn", {"min_size": 300}, "mask_rcnn takes no option 'min_size'"),
     ],
 )

@@ -169,6 +169,16 @@ class DetectionModule(DenseModule):
         assert self.net is not None, "call configure_model() first"
         return self.net([self.normalize(image[None])[0] for image in images], targets)
 
+    def example(self, images: Tensor) -> tuple[Any, ...]:
+        """The images, with an object in each that fills it."""
+        height, width = images.shape[-2:]
+        target = {
+            "boxes": images.new_tensor([[0, 0, width, height]], dtype=torch.float),
+            "labels": images.new_zeros(1, dtype=torch.int64),
+            "masks": images.new_ones(1, height, width, dtype=torch.uint8),
+        }
+        return list(images), [target] * len(images)
+
     @torch.no_grad()
     def detect(self, image: Tensor) -> Target:
         """What is found in one image [3, H, W] of any size; call ``eval()`` before.

@@ -139,6 +139,10 @@ class TuningModule(LightningModule):
         """Brings uint8 images, or floats in [0, 1], to what the base was trained on."""
         return ((unit_range(images) - self.mean) / self.std).to(self.mean.dtype)
 
+    def example(self, images: Tensor) -> tuple[Any, ...]:
+        """What the network takes in training, for a batch of normalised images."""
+        return (images,)
+
     def train(self, mode: bool = True) -> TuningModule:
         """Sets the mode of all modules but frozen batch norms, which keep their statistics."""
         super().train(mode)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..backbones.pyramid import Pyramid, Wrapper
+from .detector_options import check_options
 
 Target = dict[str, Tensor]
 
@@ -145,12 +147,7 @@ def check_detector(name: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError if there is no such detector, or it takes no such options."""
     if name not in DETECTORS:
         raise ValueError(f"no detector is called {name!r}: there are {', '.join(DETECTORS)}")
-    taken = inspect.signature(DETECTORS[name].made).parameters.values()
-    plain = [p.name for p in taken if isinstance(p.default, (int, float))]
-    known = [name for name in plain if name not in ("min_size", "max_size")]  # these are img_size
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise ValueError(f"{name} takes no option {unknown[0]!r}: it takes {', '.join(known)}")
+    check_options(name, DETECTORS[name].made, options)
 
 
 def finest_stride(name: str) -> int:
@@ -198,16 +195,14 @@ class DetectionNet(Wrapper):
         maps = FeatureMaps(pyramid, width, kind.halvings)
         parts = kind.parts(maps, num_classes, anchor_scale or kind.anchor_scale)
         self.first_label = kind.first_label
-        self.detector = kind.made(
-            maps,
-            min_size=min(img_size),
-            max_size=max(img_size),
+        self.detector = kind.made(maps, **parts, **options)
+        self.detector.transform = _Resize(
+            min(img_size),
+            max(img_size),
             image_mean=[0.0] * 3,
             image_std=[1.0] * 3,
             size_divisible=pyramid.divisor,
             _skip_resize=True,
-            **parts,
-            **options,
         )
         for module in self._before_boxes():
             module.register_forward_hook(_full_precision)
@@ -262,6 +257,20 @@ class DetectionNet(Wrapper):
 
     def _has_parameters(self, name: str) -> bool:
         return any(True for _ in self.get_submodule(name).parameters())
+
+
+class _Resize(GeneralizedRCNNTransform):
+    """torchvision's, which would leave no pixel of the shorter side of a strip."""
+
+    def resize(self, image: Tensor, target: Target | None = None) -> Any:
+        """Resizes an image in an evaluation; a strip is widened first."""
+        height, width = image.shape[-2:]
+        least = max(height, width) // self.max_size + 1
+        if min(height, width) < least and not self.training:
+            # Boxes found are resized back by each side's own ratio.
+            size = (max(height, least), max(width, least))
+            image = F.interpolate(image[None], size, mode="bilinear")[0]
+        return super().resize(image, target)
 
 
 def _full_precision(module: nn.Module, args: Any, output: Any) -> Any:

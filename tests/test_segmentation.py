@@ -254,3 +254,9 @@ def test_the_recipe_runs_and_its_adapter_is_tested(tmp_path):
     tested = litflora("test", "--adapter", adapter, *options[6:-6], *options[-6:])
     assert tested.code == 0, tested.err
     assert "IoU" in tested.out
+
+
+def test_a_batch_of_one_image_is_too_small_for_some_heads(tmp_path):
+    made = module(head="upernet")
+    with pytest.raises(ValueError, match=r"upernet has batch norms.*batch_size to 2 or more"):
+        trainer(tmp_path, max_steps=1).fit(made, scenes(batch_size=1))

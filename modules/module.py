@@ -143,6 +143,15 @@ class TuningModule(LightningModule):
         """What the network takes in training, for a batch of normalised images."""
         return (images,)
 
+    def on_train_epoch_end(self) -> None:
+        """Says it when the loss is none: the weights have gone with it, and no step mends them."""
+        loss = self.trainer.callback_metrics.get("train/loss")
+        if loss is not None and not loss.isfinite():
+            rank_zero_warn(
+                f"train/loss is {loss.item()} after epoch {self.current_epoch}: stop, and train "
+                "with a lower learning rate (--model.optimizer AdamW --model.optimizer.lr VALUE)"
+            )
+
     def train(self, mode: bool = True) -> TuningModule:
         """Sets the mode of all modules but frozen batch norms, which keep their statistics."""
         super().train(mode)

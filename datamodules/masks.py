@@ -101,7 +101,8 @@ def pack_one(color: Any) -> int:
     Raises:
         ValueError: If it is none.
     """
-    if np.shape(color) != (3,) or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+    listed = isinstance(color, (list, tuple)) and len(color) == 3
+    if not listed or not all(isinstance(part, int) and 0 <= part <= 255 for part in color):
         raise ValueError(f"{color!r} is no colour: give [red, green, blue], each from 0 to 255")
     return int(pack(color))
 

@@ -210,6 +210,7 @@ def test_white_may_be_a_class(tmp_path: Path) -> None:
         ({"colors": {"a": (0, 300, 0)}}, r"\(0, 300, 0\) is no colour: give \[red, green, blue\]"),
         ({"colors": {"a": (0, 0)}}, r"\(0, 0\) is no colour"),
         ({"colors": {"a": "red"}}, "'red' is no colour"),
+        ({"colors": {"a": [1, [2], 3]}}, "is no colour"),
         ({"colors": {"a": (0, 0, 0)}, "ignore": [5]}, "5 is no colour"),
         ({"class_names": ["a"], "ignore": [(1, 2, 3)]}, "must be ids"),
         ({"class_names": ["a"], "scale_range": (1.0, float("inf"))}, "least first"),

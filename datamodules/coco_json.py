@@ -1,8 +1,7 @@
 """COCO's JSON files: images, classes, boxes and masks, checked while they are read."""
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .coco_columns import Content, check_unique, column, ids_of, numbers
 from .dense_files import raise_mistakes
 from .detection import Objects
 from .detection_files import ListedImage, Size, clipped, flawed_boxes
 
 # Polygons x, y, x, y ... in pixels, or run lengths {"size": [height, width], "counts": ...}.
 Segmentation = list[NDArray[np.float64]] | dict[str, Any]
-Content = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(eq=False)
@@ -35,7 +34,7 @@ class CocoImage(ListedImage):
         shapes = [self.segmentations[index] for index in self.chosen(train)]
         try:
             return replace(objects, masks=draw_masks(shapes, size))
-        except ValueError as reason:
+        except (ValueError, RuntimeError) as reason:  # run lengths are decoded in C++
             raise ValueError(f"cannot draw a mask of {self.path}: {reason}") from reason
 
 
@@ -71,11 +70,11 @@ class CocoFile(Sequence[CocoImage]):
     @cached_property
     def _read(self) -> tuple[dict[int, str], list[CocoImage]]:
         content = _load(self.path)
-        kept = [row for row in content["annotations"] if row.get("id") not in self.flawed]
-        content["annotations"] = kept
         try:
-            names = _column(content, "categories", "name")
-            categories = dict(sorted(zip(_ids(content, "categories"), names, strict=True)))
+            ids = zip(ids_of(content, "annotations"), content["annotations"], strict=True)
+            content["annotations"] = [row for number, row in ids if number not in self.flawed]
+            names = column(content, "categories", "name", str)
+            categories = dict(sorted(zip(ids_of(content, "categories"), names, strict=True)))
             return categories, _images(content, list(categories), self.folder, self.masks)
         except ValueError as reason:
             raise ValueError(f"{self.path}: {reason}") from reason
@@ -116,7 +115,7 @@ def _load(path: Path) -> Content:
         )
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise ValueError(f"{path} is no JSON: {reason}") from reason
     for kind in ("images", "annotations", "categories"):
         rows = content.get(kind) if isinstance(content, dict) else None
@@ -127,47 +126,15 @@ def _load(path: Path) -> Content:
     return content
 
 
-def _column(content: Content, kind: str, key: str) -> list[Any]:
-    lacking = [index for index, row in enumerate(content[kind]) if key not in row]
-    if lacking:
-        raise ValueError(
-            f"{len(lacking)} {kind} have no {key!r}: number {lacking[0]} counted from 0"
-        )
-    return [row[key] for row in content[kind]]
-
-
-def _ids(content: Content, kind: str) -> list[int]:
-    ids = _column(content, kind, "id")
-    strange = next((each for each in ids if not isinstance(each, int)), None)
-    if strange is not None:
-        raise ValueError(f"id {strange!r} of the {kind} is no whole number")
-    _check_unique(ids, f"ids stand for two {kind}")
-    return ids
-
-
-def _check_unique(values: Sequence[Any], said: str) -> None:
-    twice = [each for each, count in Counter(values).items() if count > 1]
-    if twice:
-        shown = ", ".join([*map(str, twice[:5]), *(["..."] if len(twice) > 5 else [])])
-        raise ValueError(f"{len(twice)} {said}: {shown}")
-
-
-def _numbers(values: Sequence[Any], name: str) -> NDArray[np.float64]:
-    try:
-        return np.array(values, np.float64)
-    except (TypeError, ValueError) as reason:
-        raise ValueError(f"a {name} is no number") from reason
-
-
 def _images(
     content: Content, category_ids: list[int], folder: Path, masks: bool
 ) -> list[CocoImage]:
     """The images with their annotations, which lie in arrays of all: there may be many."""
-    ids, paths = _ids(content, "images"), _column(content, "images", "file_name")
-    _check_unique(paths, "files are listed as two images")
-    sizes = _numbers([_column(content, "images", key) for key in ("width", "height")], "size").T
-    labels = _positions(_column(content, "annotations", "category_id"), category_ids)
-    owners = _positions(_column(content, "annotations", "image_id"), ids)
+    ids, paths = ids_of(content, "images"), column(content, "images", "file_name", str)
+    check_unique(paths, "files are listed as two images")
+    sizes = _sizes(content)
+    labels = _positions(column(content, "annotations", "category_id", Hashable), category_ids)
+    owners = _positions(column(content, "annotations", "image_id", Hashable), ids)
     corners, crowds, areas = _boxes(content)
     rows = content["annotations"]
     # Without an image -1 takes the last one's size, but what is said of that comes first.
@@ -209,6 +176,18 @@ def _images(
     ]
 
 
+def _sizes(content: Content) -> NDArray[np.float64]:
+    """Width and height of each image: [n, 2]."""
+    sizes = numbers([column(content, "images", key) for key in ("width", "height")], "a size").T
+    strange = np.flatnonzero(~((sizes >= 1) & (sizes < np.inf) & (sizes == sizes.round())).all(1))
+    if len(strange):
+        name, (width, height) = content["images"][strange[0]]["file_name"], sizes[strange[0]]
+        raise ValueError(
+            f"{len(strange)} images have no size in whole pixels: {name} is {width:g} x {height:g}"
+        )
+    return sizes
+
+
 def _positions(values: Sequence[Any], ids: Sequence[int]) -> NDArray[np.int64]:
     """The place of each value among ids, -1 for a strange one."""
     place = {each: index for index, each in enumerate(ids)}
@@ -217,17 +196,25 @@ def _positions(values: Sequence[Any], ids: Sequence[int]) -> NDArray[np.int64]:
 
 def _boxes(content: Content) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
     """The corners [n, 4] of all boxes, which are crowds, and areas; if not given, a box's own."""
-    boxes = _column(content, "annotations", "bbox")
-    for number, box in zip(_ids(content, "annotations"), boxes, strict=True):
+    rows, boxes = content["annotations"], column(content, "annotations", "bbox")
+    for row, box in zip(rows, boxes, strict=True):
         if not isinstance(box, list) or len(box) != 4:
-            raise ValueError(f"bbox {box} of annotation {number} is not [x, y, width, height]")
-    corners = _numbers(boxes, "bbox").reshape(-1, 4)
+            raise ValueError(f"bbox {box} of annotation {row['id']} is not [x, y, width, height]")
+    corners = numbers(boxes, "a bbox").reshape(-1, 4)
     own = corners[:, 2] * corners[:, 3]
     corners[:, 2:] += corners[:, :2]
-    rows = content["annotations"]
-    crowds = _numbers([row.get("iscrowd", 0) for row in rows], "iscrowd").astype(np.int64)
+    crowds = numbers([row.get("iscrowd", 0) for row in rows], "an iscrowd")
     areas = [row.get("area", alone) for row, alone in zip(rows, own, strict=True)]
-    return corners, crowds, _numbers(areas, "area")
+    found = numbers(areas, "an area")
+    _check_each(rows, "iscrowd", np.isin(crowds, (0, 1)), "is neither 0 nor 1")
+    _check_each(rows, "area", (found >= 0) & (found < np.inf), "is no area in pixels")
+    return corners, crowds.astype(np.int64), found
+
+
+def _check_each(rows: Sequence[Any], key: str, right: NDArray[np.bool_], said: str) -> None:
+    if not right.all():
+        row = rows[int(right.argmin())]
+        raise ValueError(f"{key} {row[key]} of annotation {row['id']} {said}")
 
 
 def _segmentation(given: Any, size: NDArray[np.float64]) -> Segmentation:
@@ -239,10 +226,19 @@ def _segmentation(given: Any, size: NDArray[np.float64]) -> Segmentation:
         if given.get("size") != [height, width]:
             raise ValueError(f"its run lengths have the size {given.get('size')}, not the image's")
         counts = given.get("counts")
-        if isinstance(counts, list) and sum(counts) != height * width:
+        if isinstance(counts, str):
+            return given
+        if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise ValueError("its run lengths have no counts, as text or a list of whole numbers")
+        if sum(counts) != height * width:
             raise ValueError(f"its run lengths make {sum(counts)} pixels, its image has others")
         return given
-    polygons = [_numbers(polygon, "polygon's coordinate") for polygon in given]
+    if not isinstance(given, list):
+        raise ValueError(f"its segmentation is {given!r}, neither polygons nor run lengths")
+    polygons = [numbers(polygon, "a polygon's coordinate") for polygon in given]
     if any(polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
         raise ValueError("its segmentation is no list of polygons [x, y, x, y, x, y, ...]")
+    far = 2 * max(width, height)  # drawing what lies further away would take memory by its length
+    if not all((np.abs(polygon) <= far).all() for polygon in polygons):
+        raise ValueError("its polygon has corners far outside of its image")
     return polygons

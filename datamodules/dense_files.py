@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +81,7 @@ class DenseFilesDataModule(DenseDataModule):
         height, width = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         check_at_least("crop_size", min(height, width), 1)
         check_splitting(val_fraction, predict_root)
-        if not 0 < scale_range[0] <= scale_range[1]:
+        if not 0 < scale_range[0] <= scale_range[1] < inf:
             raise ValueError(f"scale_range={list(scale_range)} must be two scales, least first")
         if not 0 < balance_threshold <= 1:
             raise ValueError(f"balance_threshold={balance_threshold} is a share: it lies in (0, 1]")
@@ -138,6 +139,11 @@ class DenseFilesDataModule(DenseDataModule):
 
     def _complete(self, official: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         splits = dict(official)
+        if "train" not in splits:
+            raise FileNotFoundError(
+                f"there are no training images below {self.root}, only {' and '.join(splits)}: add "
+                "the folder train"
+            )
         if "val" not in splits:
             train = splits["train"]
             kept, held = hold_out([0] * len(train), self.val_fraction, self.seed)

@@ -1,5 +1,6 @@
 """Detection from files: annotated images, their targets and their transforms."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,14 +202,16 @@ class DetectionFilesDataModule(DenseFilesDataModule, DetectionDataModule):
 def flawed_boxes(
     corners: NDArray[np.float64], sizes: NDArray[np.float64]
 ) -> Iterator[tuple[int, str]]:
-    """The boxes of no size, and those more than a pixel out of their image, with what is wrong.
+    """The boxes of no size, and those beside or more than a pixel out of their image; why each.
 
     Args:
         corners: x0, y0, x1, y1 in pixels: [n, 4].
         sizes: Width and height of each box's image: [n, 2].
     """
     empty = ~(corners[:, 2:] > corners[:, :2]).all(1)
-    outside = ~((corners[:, :2] >= -1) & (corners[:, 2:] <= sizes + 1)).all(1)
+    near = (corners[:, :2] >= -1) & (corners[:, 2:] <= sizes + 1)
+    overlap = (corners[:, :2] < sizes) & (corners[:, 2:] > 0)
+    outside = ~(near & overlap).all(1)
     for index in np.flatnonzero(empty | outside).tolist():
         x0, y0, x1, y1 = corners[index].tolist()
         width, height = sizes[index].tolist()
@@ -225,7 +228,7 @@ def clipped(corners: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray
 
 def check_present(paths: Sequence[Path]) -> None:
     """Raise if an image file is missing."""
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not os.path.isfile(path)]  # no error if too long
     if missing:
         shown = ", ".join([*missing[:5], *(["..."] if len(missing) > 5 else [])])
         raise FileNotFoundError(

@@ -4,7 +4,7 @@ from typing import Any
 
 from .base import SPLITS
 from .mask_files import MaskFilesDataModule
-from .masks import IGNORE, Color, Legend, Pair, pack, pairs_by_stem
+from .masks import IGNORE, Color, Legend, Pair, pack_one, pairs_by_stem
 
 
 class MaskFolderDataModule(MaskFilesDataModule):
@@ -54,10 +54,15 @@ def _legend(
         raise ValueError("give either class_names, for masks of ids, or colors")
     if colors is None:
         values = ids or range(len(class_names))
+        if not all(isinstance(value, int) for value in ignore or []):
+            raise ValueError(
+                f"ignore {ignore} must be ids, as the masks' values are; or give colors"
+            )
         unless_class = [] if IGNORE in values else [IGNORE]
         return Legend(class_names, values, unless_class if ignore is None else ignore)
     if ids is not None:
         raise ValueError("colors stand in the place of ids: leave ids out")
+    values = [pack_one(color) for color in colors.values()]
+    ignored = [pack_one(color) for color in ignore or []]
     palette = [tuple(color) for color in colors.values()]
-    ignored = [pack(color) for color in ignore or []]
-    return Legend(list(colors), [pack(color) for color in palette], ignored, palette, colored=True)
+    return Legend(list(colors), values, ignored, palette, colored=True)

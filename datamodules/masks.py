@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ class Legend:
     def __post_init__(self) -> None:
         if not 0 < len(self.names) <= IGNORE:
             raise ValueError(f"{len(self.names)} classes: there must be 1 to {IGNORE}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("two classes have one name: give each its own")
         fill = {"values": range(len(self.names)), "palette": color_map(len(self.names))}
         for key, default in fill.items():
             given = getattr(self, key) or default
@@ -90,6 +93,18 @@ def pack(colors: NDArray[np.integer] | Sequence[Color]) -> NDArray[np.int64]:
     """Colours [..., 3] of 8 bits a channel as one number each."""
     red, green, blue = np.moveaxis(np.asarray(colors, np.int64), -1, 0)
     return red << 16 | green << 8 | blue
+
+
+def pack_one(color: Any) -> int:
+    """A colour that a person gave as one number.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    listed = isinstance(color, (list, tuple)) and len(color) == 3
+    if not listed or not all(isinstance(part, int) and 0 <= part <= 255 for part in color):
+        raise ValueError(f"{color!r} is no colour: give [red, green, blue], each from 0 to 255")
+    return int(pack(color))
 
 
 def unpack(value: int) -> Color:

@@ -15,7 +15,8 @@ from .backbones import create_pyramid
 from .callbacks import ClassTable, DetectionWriter, Gallery
 from .dense import DenseModule
 from .drawing import BoxDrawing, Drawing
-from .heads.detection import DetectionNet, Target, check_detector, finest_stride
+from .heads.detection import DetectionNet, Target
+from .heads.detectors import check_detector, finest_stride
 from .optim import OneCycle
 
 TrainBatch = tuple[Tensor, list[Target]]
@@ -180,6 +181,16 @@ class DetectionModule(DenseModule):
         """
         assert self.net is not None, "call configure_model() first"
         return self.net([self.normalize(image[None])[0] for image in images], targets)
+
+    def example(self, images: Tensor) -> tuple[Any, ...]:
+        """The images, with an object in each that fills it."""
+        height, width = images.shape[-2:]
+        target = {
+            "boxes": images.new_tensor([[0, 0, width, height]], dtype=torch.float),
+            "labels": images.new_zeros(1, dtype=torch.int64),
+            "masks": images.new_ones(1, height, width, dtype=torch.uint8),
+        }
+        return list(images), [target] * len(images)
 
     @torch.no_grad()
     def detect(self, image: Tensor) -> Target:

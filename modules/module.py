@@ -139,6 +139,19 @@ class TuningModule(LightningModule):
         """Brings uint8 images, or floats in [0, 1], to what the base was trained on."""
         return ((unit_range(images) - self.mean) / self.std).to(self.mean.dtype)
 
+    def example(self, images: Tensor) -> tuple[Any, ...]:
+        """What the network takes in training, for a batch of normalised images."""
+        return (images,)
+
+    def on_train_epoch_end(self) -> None:
+        """Says it when the loss is none: the weights have gone with it, and no step mends them."""
+        loss = self.trainer.callback_metrics.get("train/loss")
+        if loss is not None and not loss.isfinite():
+            rank_zero_warn(
+                f"train/loss is {loss.item()} after epoch {self.current_epoch}: stop, and train "
+                "with a lower learning rate (--model.optimizer AdamW --model.optimizer.lr VALUE)"
+            )
+
     def train(self, mode: bool = True) -> TuningModule:
         """Sets the mode of all modules but frozen batch norms, which keep their statistics."""
         super().train(mode)

@@ -156,7 +156,16 @@ class SegmentationModule(DenseModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The loss of a batch of crops."""
         images, masks = batch
-        loss = self.loss(self(images), masks)
+        try:
+            logits = self(images)
+        except ValueError as reason:
+            if "more than 1 value per channel" not in str(reason):
+                raise
+            raise ValueError(
+                f"{self.head} has batch norms, which need more than a batch of {len(images)} image "
+                "of this size: set data.init_args.batch_size to 2 or more, or take another head"
+            ) from reason
+        loss = self.loss(logits, masks)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 

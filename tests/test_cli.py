@@ -195,6 +195,26 @@ def test_inspect_shows_the_same_of_a_recipe_and_of_its_adapter(adapter, workshop
     assert "adapter_model.safetensors" in saved.out
 
 
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "retinanet", "fcos"])
+def test_inspect_shows_a_detector(detector):
+    small = ("--model.head_width", 64, "--data.img_size", 64, "--data.batch_size", 1)
+    options = ("--model.detector", detector, "--model.detector_options", "null")
+    shown = litflora("inspect", "detection/shapes", *options, *small)
+    assert shown.code == 0, shown.err
+    assert "saved for backward" in shown.out
+    assert "one batch of 1 images of 64 x 64 pixels" in shown.out
+
+
+def test_calibrate_times_a_detector(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "paths.json"))
+    forget()
+    small = ("--model.head_width", 16, "--data.img_size", 64, "--data.batch_size", 1)
+    told = litflora("calibrate", "detection/shapes", *small, "--trainer.accelerator", "cpu")
+    forget()
+    assert told.code == 0, told.err
+    assert "for batches of 1 images" in told.out
+
+
 def test_inspect_fetches_nothing_and_names_what_trains_in_place(monkeypatch):
     def offline(*args, **kwargs):
         raise AssertionError("weights were fetched")

@@ -28,7 +28,7 @@ from litflora.datamodules import (
     ShapesDetectionDataModule,
     ShapesSegmentationDataModule,
 )
-from litflora.heads.detection import DETECTORS
+from litflora.heads.detectors import DETECTORS
 from litflora.module import from_adapter
 
 SIZE = 48

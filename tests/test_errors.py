@@ -1,5 +1,6 @@
 """A person's mistake gives at most three lines that say what would be right, and writes nothing."""
 
+import errno
 import json
 import os
 import subprocess
@@ -359,6 +360,21 @@ def test_damaged_adapter(command, file, damage, made, here, tmp_path_factory):
     }
     assert_told(litflora(command, *args[command]), str(copy))
     assert files_below(here) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "error: cannot write or read, No space left on device: x.png"),
+        (errno.EACCES, "error: cannot write or read, Permission denied: x.png"),
+    ],
+)
+def test_a_full_disk_is_no_bug(made, here, monkeypatch, code, said):
+    def full(*args, **kwargs):
+        raise OSError(code, os.strerror(code), "x.png")
+
+    monkeypatch.setattr("timm.create_model", full)
+    assert_told(fit(made), said)
 
 
 def test_bugs_keep_their_traceback(made, here, monkeypatch):

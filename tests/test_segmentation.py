@@ -66,6 +66,17 @@ def test_training_lowers_the_loss(tmp_path):
     assert tuned.loss(tuned(images), masks).item() < 0.8 * before
 
 
+@pytest.mark.parametrize("weight", [1.0, float("inf")])
+def test_a_loss_that_is_no_number_is_told(weight, tmp_path, recwarn):
+    tuned = module()
+    tuned.loss.weights = {"cross_entropy": weight}
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(tuned, scenes(4))
+    told = [str(each.message) for each in recwarn if "train/loss is" in str(each.message)]
+    assert [text.split(":")[0] for text in told] == ["train/loss is inf after epoch 0"] * (
+        weight == float("inf")
+    )
+
+
 def test_metrics_are_those_of_a_confusion_matrix(fitted, tmp_path):
     tuned, _, data, _ = fitted
     (logged,) = trainer(tmp_path).test(tuned, data, verbose=False)
@@ -254,3 +265,9 @@ def test_the_recipe_runs_and_its_adapter_is_tested(tmp_path):
     tested = litflora("test", "--adapter", adapter, *options[6:-6], *options[-6:])
     assert tested.code == 0, tested.err
     assert "IoU" in tested.out
+
+
+def test_a_batch_of_one_image_is_too_small_for_some_heads(tmp_path):
+    made = module(head="upernet")
+    with pytest.raises(ValueError, match=r"upernet has batch norms.*batch_size to 2 or more"):
+        trainer(tmp_path, max_steps=1).fit(made, scenes(batch_size=1))

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     images = plugin.convert_input(composed.blank(made.model, made.data).to(device))
     show = partial(track, description="timing", console=Console(stderr=True))
     with plugin.forward_context():
-        timings = calibrate(net, images, progress=show)
+        timings = calibrate(net, *made.model.example(images), progress=show)
     print(timings)
     print(f"timed on {device_name(device)}, for batches of {len(images)} images")
     print(f"{paths_file()}: every fit on this device follows it; delete it to go by the rule again")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters import summary
 
     images = composed.blank(model, data)
-    print(summary(model.net, images))
+    print(summary(model.net, model.example(images)))
     print(f"for one batch of {len(images)} images of {composed.pixels(images)} pixels")
     if adapter:
         for file in sorted(Path(args.what).iterdir()):

@@ -7,6 +7,7 @@ worker processes; what a person needs is the innermost: which key, what is wrong
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import inspect
 import re
@@ -20,6 +21,9 @@ from types import TracebackType
 # torch or the standard library are bugs, and bugs keep their traceback.
 _SPEAKERS = ("litflora", "lightning")
 _SPOKEN = (ValueError, OSError, ImportError)
+
+# A disk that is full or not the person's: no bug, whoever wrote to it.
+_DISK = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 _CLASS = re.compile(
     r"Problem with given class_path '([^']+)'|expects a .*class_path='([^']+)'", re.S
@@ -70,6 +74,9 @@ def _said(error: BaseException) -> str | None:
         return said if isinstance(error, _SPOKEN) and path in _files() else None
     if kind.__name__ == "MisconfigurationException":
         return str(error) + _REMEDIES.get(str(error), "")
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f": {error.filename}" if error.filename else ""
+        return f"cannot write or read, {error.strerror}{where}"
     if isinstance(error, ImportError) and "tensorboard" in str(error):
         return "TensorBoard is not installed: pip install 'litflora[loggers]'"
     return str(error) if isinstance(error, _SPOKEN) and origin.startswith(_SPEAKERS) else None

@@ -142,6 +142,10 @@ MISTAKES: dict[str, tuple[Change, str]] = {
         lambda c: c["annotations"][0].update(bbox=[30, 3, 12, 8]),
         r"annotation 1 of 4\.png: .* lies outside of its image of 40 x 30 pixels",
     ),
+    "beside": (
+        lambda c: c["annotations"][0].update(bbox=[40, 3, 1, 8]),
+        r"annotation 1 of 4\.png: .* lies outside of its image of 40 x 30 pixels",
+    ),
     "no box": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox .* of annotation 1 is"),
     "words": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, "4a"]), "bbox is no number"),
     "category": (
@@ -162,6 +166,31 @@ MISTAKES: dict[str, tuple[Change, str]] = {
     "id": (lambda c: c["images"][1].update(id="a"), "id 'a' of the images is no whole number"),
     "key": (lambda c: c["images"][2].pop("height"), "1 images have no 'height': number 2"),
     "list": (lambda c: c.pop("images"), "no COCO file of objects: it has no list 'images'"),
+    "image without a size": (
+        lambda c: c["images"][2].update(width=None),
+        r"1 images have no size in whole pixels: 2\.png is nan x 30",
+    ),
+    "endless image": (lambda c: c["images"][0].update(height=float("inf")), "4.png is 40 x inf"),
+    "no file": (lambda c: c["images"][0].update(file_name=None), "file_name None of the images"),
+    "no name": (lambda c: c["categories"][0].update(name=5), "name 5 of the categories is no text"),
+    "no id": (lambda c: c["categories"][0].update(id=None), "id None of the categories is no"),
+    "list as id": (lambda c: c["annotations"][0].update(id=[1]), r"id \[1\] of the annotations"),
+    "list as category": (
+        lambda c: c["annotations"][0].update(category_id=[9]),
+        r"category_id \[9\] of the annotations is no number",
+    ),
+    "huge number": (
+        lambda c: c["annotations"][0].update(bbox=[10**400, 1, 2, 3]),
+        "a bbox is no number",
+    ),
+    "no crowd": (
+        lambda c: c["annotations"][3].update(iscrowd=None),
+        "iscrowd None of annotation 4 is neither 0 nor 1",
+    ),
+    "no area": (
+        lambda c: c["annotations"][3].update(area=-1),
+        "area -1 of annotation 4 is no area in pixels",
+    ),
     "no images": (lambda c: c["images"].clear(), "has no images"),
     "no mask": (lambda c: c["annotations"][0].update(segmentation=[]), "has no segmentation"),
     "two corners": (
@@ -171,6 +200,26 @@ MISTAKES: dict[str, tuple[Change, str]] = {
     "run lengths": (
         lambda c: c["annotations"][3]["segmentation"].update(counts=[5, 20]),
         "its run lengths make 25 pixels",
+    ),
+    "no run lengths": (
+        lambda c: c["annotations"][3]["segmentation"].pop("counts"),
+        "its run lengths have no counts",
+    ),
+    "broken run lengths": (
+        lambda c: c["annotations"][3]["segmentation"].update(counts=[5.5, 20, 1174.5]),
+        "its run lengths have no counts",
+    ),
+    "number as mask": (
+        lambda c: c["annotations"][0].update(segmentation=5),
+        "its segmentation is 5, neither polygons nor run lengths",
+    ),
+    "no coordinates": (
+        lambda c: c["annotations"][0].update(segmentation=[[float("nan")] * 6]),
+        "corners far outside of its image",
+    ),
+    "far away": (
+        lambda c: c["annotations"][0].update(segmentation=[[-1e9, 0, 1e9, 0, 5, 5]]),
+        "corners far outside of its image",
     ),
     "size": (
         lambda c: c["annotations"][3]["segmentation"].update(size=[40, 30]),
@@ -187,6 +236,20 @@ def test_a_mistake_is_named_before_training(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
         build(tmp_path, given, masks=True).setup("fit")
     assert ".json" in str(error.value)
+
+
+def test_a_file_that_nests_too_deeply_is_named(tmp_path: Path) -> None:
+    write_coco_folder(tmp_path)
+    (tmp_path / "train.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"train\.json is no JSON"):
+        CocoFolderDataModule(str(tmp_path), "train.json")
+
+
+def test_a_file_name_too_long_for_a_disk_is_a_missing_file(tmp_path: Path) -> None:
+    given = content()
+    given["images"][0]["file_name"] = 300 * "x"
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 annotated images .*xxx"):
+        build(tmp_path, given).setup("fit")
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
@@ -253,9 +316,10 @@ def test_a_check_names_images_with_mistakes(
     assert ["3.png" in line for line in lines[1:]] == [True, False, True, False]
 
 
-def test_a_packed_mask_that_is_broken_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counts", ["T3", "é"])
+def test_a_packed_mask_that_is_broken_is_named(tmp_path: Path, counts: str) -> None:
     given = content()
-    given["annotations"][4]["segmentation"]["counts"] = "T3"
+    given["annotations"][4]["segmentation"]["counts"] = counts
     data = build(tmp_path, given, masks=True)
     data.setup("validate")
     with pytest.raises(ValueError, match=r"cannot draw a mask of .*/1\.png"):

@@ -147,6 +147,7 @@ def test_a_photo_of_16_bits_is_refused_not_whitened(tmp_path: Path) -> None:
         ({"values": (0, 1, -1)}, "lie in 0 to 65535"),
         ({"palette": ((0, 0, 0),)}, "1 palette for 3"),
         ({"names": []}, "0 classes"),
+        ({"names": ["x", "y", "x"]}, "two classes have one name"),
         ({"names": ["x"] * 256}, "256 classes"),
     ],
 )

@@ -207,6 +207,13 @@ def test_white_may_be_a_class(tmp_path: Path) -> None:
         ({}, "either class_names"),
         ({"class_names": ["a"], "colors": {"a": (0, 0, 0)}}, "either class_names"),
         ({"colors": {"a": (0, 0, 0)}, "ids": [0]}, "leave ids out"),
+        ({"colors": {"a": (0, 300, 0)}}, r"\(0, 300, 0\) is no colour: give \[red, green, blue\]"),
+        ({"colors": {"a": (0, 0)}}, r"\(0, 0\) is no colour"),
+        ({"colors": {"a": "red"}}, "'red' is no colour"),
+        ({"colors": {"a": [1, [2], 3]}}, "is no colour"),
+        ({"colors": {"a": (0, 0, 0)}, "ignore": [5]}, "5 is no colour"),
+        ({"class_names": ["a"], "ignore": [(1, 2, 3)]}, "must be ids"),
+        ({"class_names": ["a"], "scale_range": (1.0, float("inf"))}, "least first"),
         ({"class_names": ["a"], "ids": [1, 2]}, "2 values for 1 classes"),
         ({"class_names": ["a"], "scale_range": (2.0, 1.0)}, "least first"),
         ({"class_names": ["a"], "crop_size": (8, 0)}, "crop_size must be at least 1"),
@@ -218,6 +225,22 @@ def test_white_may_be_a_class(tmp_path: Path) -> None:
 def test_arguments_that_make_no_sense(tmp_path: Path, options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         MaskFolderDataModule(str(tmp_path), **options)
+
+
+def test_an_unknown_colour_is_named_with_the_known(tmp_path: Path) -> None:
+    for i in range(2):
+        pair(tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", [7, 7])
+    data = MaskFolderDataModule(str(tmp_path), colors={"car": (0, 0, 255)})
+    data.setup("fit")
+    said = r"holds colour \[7, 7, 7\], which is no class; known are \[0, 0, 255\]"
+    with pytest.raises(ValueError, match=said):
+        data.datasets["val"][0]
+
+
+def test_without_images_to_train_on(tmp_path: Path) -> None:
+    pair(tmp_path / "val/images/1.png", tmp_path / "val/masks/1.png", [0])
+    with pytest.raises(FileNotFoundError, match=r"no training images below .*, only val"):
+        MaskFolderDataModule(str(tmp_path), ["a"]).setup("fit")
 
 
 def test_missing_root(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from litflora.adapters import FLoRA, inject, merge
 from litflora.backbones import create_pyramid, default_targets, normalization
 from litflora.datamodules.transforms import MEAN_COLOR, whole
 from litflora.heads import classifier_names
-from litflora.heads.detection import DETECTORS, DetectionNet, finest_stride
+from litflora.heads.detection import DetectionNet
+from litflora.heads.detectors import DETECTORS, finest_stride
 from litflora.optim import build_optimizer, default_optimizer
 
 KINDS = {
@@ -135,6 +136,20 @@ def test_images_of_an_evaluation_are_resized_and_those_of_a_training_are_not():
     assert (padded[..., 80:] == 0).all(), "the mean colour"
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(("height", "width"), [(1, 300), (400, 3), (1, 1)])
+def test_strips_are_searched_too(name, height, width):
+    net = made(name, options=EAGER[name]).eval()
+    with torch.no_grad():
+        (found,) = net([torch.randn(3, height, width)])
+    assert len(found["boxes"]) > 0
+    corners = torch.tensor([width, height, width, height])
+    assert (found["boxes"] >= 0).all()
+    assert (found["boxes"] <= corners + 1e-3).all()
+    if name == "mask_rcnn":
+        assert found["masks"].shape[1:] == (height, width)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_an_image_is_judged_alone(backbone):
     """Neither its neighbours in the batch nor their sizes change what is found."""
@@ -222,9 +237,18 @@ def test_a_merged_detector_finds_what_the_adapted_one_does(name):
     [
         ("yolo", {}, "no detector is called 'yolo': there are faster_rcnn, mask_rcnn"),
         ("fcos", {"box_nms_thresh": 0.5}, "fcos takes no option 'box_nms_thresh': it takes"),
-        ("fcos", {"nms_thresh": 5}, "detector_options: nms_thresh must be between 0 and 1, not 5"),
-        ("mask_rcnn", {"box_detections_per_img": 0}, "must be above 0, not 0"),
         ("mask_rcnn", {"min_size": 300}, "mask_rcnn takes no option 'min_size'"),
+        ("faster_rcnn", {"rpn_pre_nms_top_n_train": 1.5}, "whole number of 1 or more, not 1.5"),
+        ("faster_rcnn", {"box_detections_per_img": 0}, "whole number of 1 or more, not 0"),
+        ("faster_rcnn", {"box_score_thresh": 2}, r"box_score_thresh must lie in \[0, 1\], not 2"),
+        ("retinanet", {"nms_thresh": float("nan")}, r"nms_thresh must lie in \[0, 1\], not nan"),
+        ("fcos", {"center_sampling_radius": 0}, "center_sampling_radius must be above 0, not 0"),
+        ("retinanet", {"bg_iou_thresh": 0.6}, "bg_iou_thresh 0.6 must not be above fg_iou_thresh"),
+        (
+            "mask_rcnn",
+            {"box_bg_iou_thresh": 0.5, "box_fg_iou_thresh": 0.4},
+            "box_bg_iou_thresh 0.5 must not be above box_fg_iou_thresh 0.4",
+        ),
     ],
 )
 def test_mistakes(name, options, message):

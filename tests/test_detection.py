@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from safetensors.torch import save_file
 from shell import litflora
 from tiny import trainer
 from torch.optim import Adam
 
 from litflora import DetectionModule, SegmentationModule
-from litflora.adapters import FLoRA, Frozen, LoRA, adapter_names
+from litflora.adapters import FLoRA, Frozen, LoRA, adapter_names, merge
 from litflora.average_precision import SUMMARY, AveragePrecision
 from litflora.callbacks import AdapterFolder
 from litflora.datamodules import (
@@ -632,6 +633,28 @@ def test_data_without_masks_teach_no_masks(tmp_path):
             getattr(trainer(tmp_path), use)(tuned, data)
         assert tuned.net is None
     trainer(tmp_path).predict(module(num_classes=1), data, return_predictions=False)
+
+
+def test_images_are_trained_on_and_judged_at_one_size(tmp_path):
+    with pytest.raises(ValueError, match=r"48 x 48 pixels .*made to fit 64 x 64 .*both the same"):
+        trainer(tmp_path).fit(module(img_size=64), scenes(img_size=48))
+
+
+def test_training_needs_targets():
+    with pytest.raises(ValueError, match=r"needs targets: call eval\(\) to detect"):
+        built().train().detect(torch.zeros(3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "fcos"])
+def test_heads_of_convolutions_alone_are_adapted(detector, tmp_path):
+    made = built(detector=detector)
+    path = tmp_path / "whole.safetensors"
+    merge(made.net, unload=True)
+    save_file(made.net.state_dict(), path)
+    lora = {"neck_tuning": LoRA(rank=1), "head_tuning": LoRA(rank=1)}
+    names = trained(built(detector=detector, weights=str(path), **lora))
+    assert any("coarser.p6.adapters" in name for name in names)
+    assert any("classification_head" in name and ".adapters." in name for name in names)
 
 
 def test_a_precision_that_boxes_cannot_have(tmp_path):

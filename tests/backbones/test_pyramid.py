@@ -193,6 +193,7 @@ def test_questions_that_timm_answers():
         ("volo_d1_224", {}, r"volo_d1_224 is no pyramid: .* \[8, 16, 16, 16\]"),
         ("test_vit", {"weights": "embedded"}, "belong to convnext_shapes"),
         ("test_vit", {"img_size": 0}, "img_size 0 is not a multiple"),
+        ("hiera_tiny_224", {"img_size": 128}, "takes images of its own size only"),
         ("convnext_atto", {"img_size": (64, 0)}, "too small"),
     ],
 )

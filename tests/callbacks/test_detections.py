@@ -3,6 +3,8 @@
 import csv
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from litflora.callbacks import ClassTable, DetectionWriter, Gallery
+from litflora.callbacks._files import picture_path
 from litflora.drawing import BoxDrawing
 
 NAMES, PALETTE = ["cat", "dog", "owl"], [(200, 40, 0), (0, 60, 220), (0, 130, 60)]
@@ -256,3 +259,16 @@ def test_the_scores_of_classes_worst_first_and_unknown_last(tmp_path, capsys):
     with (tmp_path / "class_ap.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows == [["class", "ap"], ["cat", "0.500000"], ["dog", "nan"], ["owl", "0.250000"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("photos/a/b.jpg", "a/b.jpg.png"),
+        ("photos/../else/b.jpg", "b.jpg.png"),
+        ("elsewhere/b.jpg", "b.jpg.png"),
+    ],
+)
+def test_no_picture_leaves_the_folder_of_predictions(name: str, drawn: str) -> None:
+    data = SimpleNamespace(predict_root="photos")
+    assert picture_path(data, Path("run"), name) == Path("run/predictions", drawn)

@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 
 from ..adapters.replacing import replacing
 from ..drawing import BoxDrawing
+from ..drawing.boxes import LEAST_SCORE
 from ._files import log_dir, picture_path
 
 
@@ -24,8 +25,9 @@ class DetectionWriter(Callback):
 
     The JSON is a list of results as COCO defines them: image_id, category_id, bbox as [x, y, width,
     height] in pixels, score and, where there are masks, segmentation as a compressed run-length
-    code. Ids are the datamodule's ``image_ids`` and ``category_ids``; without them an image has its
-    name, and the classes count from 1. The pictures, ``a.jpg.png`` of a.jpg, show the likely ones.
+    code; each also has the image's file_name, as its picture is called. Ids are the datamodule's
+    ``image_ids`` and ``category_ids``; without them an image has its name, and the classes count
+    from 1. The pictures, ``a.jpg.png`` of a.jpg, show the likely ones.
     """
 
     file: TextIO | None = None
@@ -61,11 +63,13 @@ class DetectionWriter(Callback):
             return
         for image, name, found in zip(batch[0], outputs["names"], outputs["found"], strict=True):
             found = {key: value.cpu() for key, value in found.items()}
+            path = picture_path(trainer.datamodule, self.folder, name)
+            own = {"file_name": str(path.relative_to(self.folder / "predictions").with_suffix(""))}
             for item in results(self.image_ids.get(name, name), self.category_ids, found):
-                self.file.write(json.dumps(item) + "\n")
+                self.file.write(json.dumps(item | own) + "\n")
             if self.drawing is not None:
                 figure = self.drawing.picture(image.cpu(), found)
-                with replacing(picture_path(trainer.datamodule, self.folder, name)) as temporary:
+                with replacing(path) as temporary:
                     figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # twice as fast
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,8 +83,11 @@ class DetectionWriter(Callback):
             path = self.folder / "predictions.json"
             parts = [_part(self.folder, rank) for rank in range(trainer.world_size)]
             count = _join(parts, path)
-            drawn = "" if self.drawing is None else f", drawn in {path.with_suffix('')}"
-            print(f"{count} predicted objects are in {path}{drawn}")
+            print(f"{count} predicted objects are in {path}")
+            if self.drawing is not None:
+                print(
+                    f"those of a score of {LEAST_SCORE} or more are drawn in {path.with_suffix('')}"
+                )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_SCORE = 0.3  # below it are too many predictions for a picture
+MOST_DRAWN = 20  # and an untrained head may give as many above it
 OPACITY = 0.45  # of masks
 CROWD = (130, 130, 130)
 FOUND = Key(0, "found", (0, 140, 70))
@@ -29,7 +30,7 @@ LEAST_PIXELS = 640  # its least length
 class BoxDrawing(Drawing):
     """Draws objects: dicts of ``boxes`` (XYXY), ``labels``, and maybe ``scores`` and ``masks``.
 
-    Of predictions, those with a score of 0.3 or more are drawn.
+    Of predictions, the 20 with the highest scores are drawn, if these are 0.3 or more.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -111,7 +112,7 @@ class BoxDrawing(Drawing):
 
 
 def _likely(found: Objects) -> Objects:
-    likely = found["scores"] >= LEAST_SCORE
+    likely = (found["scores"] >= LEAST_SCORE).nonzero()[:MOST_DRAWN, 0]  # the highest come first
     return {key: value[likely] for key, value in found.items()}
 
 

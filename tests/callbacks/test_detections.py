@@ -148,6 +148,8 @@ def test_results_are_read_by_cocos_tools(masks, reader, tmp_path, capsys):
             again = torch.tensor(np.stack([read.annToMask(row) for row in rows])).bool()
             assert torch.equal(again, found["masks"])
     assert all(("segmentation" in row) == masks for row in written)
+    named = {row["image_id"]: row["file_name"] for row in written}
+    assert all(name == f"in/{number - 100}.jpg" for number, name in named.items())
     said = f"{len(written)} predicted objects are in {tmp_path / 'predictions.json'}"
     assert said in capsys.readouterr().out
 

@@ -82,7 +82,7 @@ def _annotated(pairs: Sequence[Pair]) -> list[ListedImage]:
         assert listing is not None
         try:
             images.append(ListedImage(image, number, *_read(listing)))
-        except ValueError as reason:
+        except (ValueError, OverflowError) as reason:  # the second of an infinite size
             mistakes.append(f"{listing}: {reason}")
     raise_mistakes(mistakes, f"of {len(pairs)} annotations have mistakes")
     return images

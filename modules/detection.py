@@ -154,6 +154,8 @@ class DetectionModule(DenseModule):
         pyramid = create_pyramid(self.backbone, weights, self.img_size, **options)
         own = pyramid.pretrained_cfg["input_size"][1:]
         sides = (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size or own
+        if min(sides) < pyramid.divisor:
+            raise ValueError(f"img_size must be at least {pyramid.divisor}, not {min(sides)}")
         return DetectionNet(
             self.detector,
             pyramid,

@@ -608,6 +608,7 @@ def test_a_run_by_the_command_line(tmp_path):
         ({"img_size": 0}, r"img_size \(0, 0\) is too small for convnext_shapes: at least 32"),
         ({"img_size": [-32, 64]}, r"img_size \(-32, 64\) is too small"),
         ({"backbone": "test_vit", "img_size": 0}, "img_size 0 is not a multiple of the patch"),
+        ({"backbone": "test_vit", "weights": None, "img_size": 16}, "must be at least 32, not 16"),
         ({"img_size": [32, 32, 3]}, r"img_size must be .*, not \[32, 32, 3\]"),
         ({"img_size": []}, r"img_size must be .*, not \[\]"),
         ({"num_classes": 0}, "detection needs at least 1 class, not 0"),

@@ -72,6 +72,10 @@ def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
         (xml(thing("dog", 9, 1, 5, 5)), r"object 1: its box .* has the width -3 and the height 5"),
         (xml(thing("dog", 9, 1, 43, 5)), "lies outside of its image of 40 x 30"),
         ("<annotation/>", "<annotation> has no size of numbers width, height"),
+        (
+            "<annotation><size><width>inf</width><height>9</height></size></annotation>",
+            r"0\.xml: cannot convert float infinity",
+        ),
         (xml("<object/>"), "<object> has no bndbox of numbers xmin"),
     ],
 )

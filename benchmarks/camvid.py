@@ -18,9 +18,8 @@ import statistics
 import time
 from pathlib import Path
 
+from quality import at_once, last, litflora, newest, once, options, spread, write
 from safetensors import safe_open
-
-from runs import at_once, last, litflora, newest, once, options, spread, write
 
 TUNINGS = ["probe", "lora", "flora", "full"]
 

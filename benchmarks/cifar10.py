@@ -18,7 +18,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from runs import at_once, last, litflora, newest, once, options, spread, write
+from quality import at_once, last, litflora, newest, once, options, spread, write
 
 RECIPE = "classification/cifar10_vit_tiny"
 TUNINGS = ["flora", "lora"]

@@ -57,7 +57,7 @@ def test_what_is_drawn_is_the_first_batch(monkeypatch):
     monkeypatch.setattr(
         "litflora.commands.samples.sheet", lambda *args: seen.append(args) or sheet(*args)
     )
-    options = {"train_samples": 20, "batch_size": 6}
+    options = {"domain": "source", "img_size": 32, "train_samples": 20, "batch_size": 6}
     given = [str(each) for key, value in options.items() for each in (f"--data.{key}", value)]
     recipe = "segmentation/shapes"
     assert litflora("inspect", "data", recipe, *given, "--samples", 6).code == 0

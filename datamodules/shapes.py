@@ -1,5 +1,9 @@
 """Drawn shapes: data for every task with no download, in two domains."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -97,13 +101,7 @@ class ShapesSegmentationDataModule(SegmentationDataModule):
 
     def split(self, name: str) -> DenseSamples:
         """Draw all images and masks of a split; prediction takes the images of the test split."""
-        scenes, names = _draw(self.seed, name, self.counts, "even")
-        size = self.crop_size[0]
-        images = map(tv_tensors.Image, _pictures(scenes, size, self.domain))
-        targets = (
-            None if name == "predict" else tv_tensors.Mask(_kinds(scene, size)) for scene in scenes
-        )
-        return DenseSamples(list(zip(images, targets, strict=True)), names, to_tensors())
+        return _dense(self, name, _kinds, to_tensors())
 
 
 class ShapesDetectionDataModule(DetectionDataModule):
@@ -141,14 +139,8 @@ class ShapesDetectionDataModule(DetectionDataModule):
 
     def split(self, name: str) -> DenseSamples:
         """Draw all images and objects of a split; prediction takes the images of the test split."""
-        scenes, names = _draw(self.seed, name, self.counts, "even")
-        size = self.crop_size[0]
-        images = map(tv_tensors.Image, _pictures(scenes, size, self.domain))
-        targets = (
-            None if name == "predict" else _objects(scene, size, name == "train")
-            for scene in scenes
-        )
-        return DenseSamples(list(zip(images, targets, strict=True)), names, v2.ToPureTensor())
+        target = partial(_objects, train=name == "train")
+        return _dense(self, name, target, v2.ToPureTensor())
 
 
 def _counts(domain: str, img_size: int, *samples: int) -> dict[str, int]:
@@ -176,12 +168,26 @@ def _pictures(scenes: list[Scene], size: int, domain: str) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
-def _kinds(scene: Scene, size: int) -> Tensor:
+def _dense(
+    data: ShapesSegmentationDataModule | ShapesDetectionDataModule,
+    name: str,
+    target: Callable[[Scene, int], Any],
+    transform: Callable[[Any], Any],
+) -> DenseSamples:
+    """The images of a split, each with what `target` makes of scene and size."""
+    scenes, names = _draw(data.seed, name, data.counts, "even")
+    size = data.crop_size[0]
+    images = map(tv_tensors.Image, _pictures(scenes, size, data.domain))
+    targets = (None if name == "predict" else target(scene, size) for scene in scenes)
+    return DenseSamples(list(zip(images, targets, strict=True)), names, transform)
+
+
+def _kinds(scene: Scene, size: int) -> tv_tensors.Mask:
     """The class of each pixel: [size, size]."""
     kinds = torch.zeros(size, size, dtype=torch.uint8)
     for thing, visible in zip(scene.objects, masks(scene, size), strict=True):
         kinds[torch.from_numpy(visible)] = 1 + KINDS.index(thing.kind)
-    return kinds
+    return tv_tensors.Mask(kinds)
 
 
 def _objects(scene: Scene, size: int, train: bool) -> Target:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .layers import adapted_layers
 from .merging import base_weight
+from .sharded import whole
 
 # How far two projections may differ where one base is a rounded copy of the other.
 ROUNDING = 1e-2
@@ -60,7 +61,7 @@ def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous()
+    values = whole(tensor).contiguous()
     content = hashlib.sha256(repr(tuple(values.shape)).encode())
     content.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     kind = str(values.dtype).removeprefix("torch.")

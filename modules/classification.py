@@ -25,6 +25,7 @@ from .classes import ClassesModule, check_length
 from .drawing import Drawing, LabelDrawing
 from .module import unit_range
 from .optim import OneCycle
+from .precision import BaseDtype
 
 Batch = tuple[Tensor, Tensor]
 
@@ -59,6 +60,8 @@ class ClassificationModule(ClassesModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         drop_path: float = 0.0,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -82,6 +85,11 @@ class ClassificationModule(ClassesModule):
             cutmix: Alpha of cutmix; 0 is none.
             drop_path: Probability that the last block of the backbone is left out in training;
                 that of earlier blocks falls to 0 (stochastic depth).
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16 or float16;
+                None is float32. Deltas, norms and heads stay float32. It needs mixed precision of
+                the same type.
         """
         super().__init__(
             num_classes=num_classes,
@@ -93,6 +101,8 @@ class ClassificationModule(ClassesModule):
             lr_scheduler=lr_scheduler,
             head_lr=head_lr,
             layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
         )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")

@@ -18,6 +18,7 @@ from .drawing import BoxDrawing, Drawing
 from .heads.detection import DetectionNet, Target
 from .heads.detectors import check_detector, finest_stride
 from .optim import OneCycle
+from .precision import BaseDtype
 
 TrainBatch = tuple[Tensor, list[Target]]
 # Images of an evaluation keep their own sizes.
@@ -56,6 +57,8 @@ class DetectionModule(DenseModule):
         head_lr: float | None = None,
         layer_decay: float | None = None,
         drop_path: float = 0.0,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -87,6 +90,11 @@ class DetectionModule(DenseModule):
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             drop_path: Probability that the last block of the backbone is left out in training;
                 that of earlier blocks falls to 0 (stochastic depth).
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16 or float16;
+                None is float32. Deltas, norms and heads stay float32. It needs mixed precision of
+                the same type.
         """
         super().__init__(
             num_classes=num_classes,
@@ -100,6 +108,8 @@ class DetectionModule(DenseModule):
             lr_scheduler=lr_scheduler,
             head_lr=head_lr,
             layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
         )
         check_detector(detector, detector_options or {})
         if anchor_scale is not None and not anchor_scale > 0:

@@ -13,18 +13,24 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import adapters
-from .adapters import FLoRA, PerModule, Tuning, inject, load, read_config
+from .adapters import FLoRA, PerModule, Tuning, check_base, inject, load, read_config
 from .adapters.layers import origin_of
+from .adapters.sharded import part_of
 from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
+from .backbones.blocks import check_checkpointing, checkpoint_activations
+from .backbones.deferred import Deferred, deferring
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
+from .precision import BaseDtype, hold_base
+from .sharding import Lockstep, shard
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -33,6 +39,8 @@ jsonargparse.set_parsing_settings(subclasses_enabled=[Tuning])
 # The command line gives plain values for these, Python gives functions.
 _DATA_PATHS = ("root", "predict_root")
 _FACTORIES = ("optimizer", "lr_scheduler")
+# How memory is saved in training; an adapter is the same without.
+_OF_TRAINING = ("activation_checkpointing", "base_dtype")
 # What can stand for weights without being a path.
 _TAGS = ("pretrained", "embedded")
 
@@ -52,12 +60,14 @@ class TuningModule(LightningModule):
         monitor: The metric that says how good the model is.
         drawing: How the task draws its samples, and what the model makes of them.
         net: The network, None before ``configure_model``.
+        lockstep: Keeps processes together that hold parts of the network; None if there are none.
     """
 
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
     drawing: ClassVar[type[Drawing]]
     net: nn.Module | None
+    lockstep: Lockstep | None = None
     mean: Tensor
     std: Tensor
 
@@ -70,6 +80,8 @@ class TuningModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
         head_lr: float | None = None,
         layer_decay: float | None = None,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; nothing is built yet.
 
@@ -83,12 +95,17 @@ class TuningModule(LightningModule):
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in; None is float32.
+                Deltas, norms and heads stay float32. It needs mixed precision of the same type.
         """
         super().__init__()
         if head_lr is not None and head_lr < 0:
             raise ValueError(f"head_lr must be 0 or more, not {head_lr}")
         if layer_decay is not None and not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay}")
+        check_checkpointing(activation_checkpointing)
         self.weights = weights
         self.tuning = FLoRA() if tuning is None else tuning
         self.adapter = adapter
@@ -96,6 +113,8 @@ class TuningModule(LightningModule):
         self.scheduler_factory = lr_scheduler
         self.head_lr = head_lr
         self.layer_decay = layer_decay
+        self.activation_checkpointing = activation_checkpointing
+        self.base_dtype = base_dtype
         self.net = None
         self._seed: int | None = None
         self.strict_loading = False  # checkpoints are partial; load_state_dict does the checking
@@ -115,14 +134,16 @@ class TuningModule(LightningModule):
         """Builds the network and puts the tuning or the saved adapter into it, once."""
         if self.net is not None:
             return
-        net = self.build()
-        tuning = self.tuning_of(net)
-        if self.adapter is None:
-            inject(net, with_targets(net, tuning), train=_whole_heads(net, tuning.to_dict()))
-        else:
-            saved = load(net, self.adapter).get("tuning") or tuning.to_dict()
-            for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
-                net.get_submodule(head).requires_grad_(True)
+        self._check_base_dtype()
+        sharded = isinstance(getattr(self._trainer, "strategy", None), ModelParallelStrategy)
+        with deferring(sharded) as weights:
+            net = self.build()
+        self._tune(net, torch.device("cpu") if sharded else None)
+        if self.base_dtype is not None:
+            hold_base(net, getattr(torch, self.base_dtype))
+        checkpoint_activations(net, self.activation_checkpointing)
+        if sharded:
+            self._shard(net, weights)
         if self.weights is None and not all(p.requires_grad for p in net.parameters()):
             rank_zero_warn("weights is null: the frozen base is random, and no run can remake it")
         mean, std = normalization(net)
@@ -130,6 +151,34 @@ class TuningModule(LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.net = net
         self.train(self.training)
+
+    def _tune(self, net: nn.Module, device: torch.device | None) -> None:
+        """Puts the tuning or the saved adapter into the network, deltas on a device."""
+        tuning = self.tuning_of(net)
+        if self.adapter is None:
+            heads = _whole_heads(net, tuning.to_dict())
+            inject(net, with_targets(net, tuning), train=heads, device=device)
+            return
+        saved = load(net, self.adapter, device=device).get("tuning") or tuning.to_dict()
+        for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
+            net.get_submodule(head).requires_grad_(True)
+
+    def _shard(self, net: nn.Module, weights: Deferred) -> None:
+        """Shares the network out, and reads this process's part of its weights."""
+        assert self.device_mesh is not None
+        self.lockstep = shard(net, self.device_mesh["data_parallel"])
+        weights.fill(net, self.trainer.strategy.root_device)
+        if self.adapter is not None and "format" in (saved := read_config(self.adapter)):
+            check_base(net, saved)
+
+    def _check_base_dtype(self) -> None:
+        """Raises if layers would meet inputs of another type than their weights'."""
+        needed = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(self.base_dtype or "")
+        if needed and self._trainer is not None and self._trainer.precision != needed:
+            raise ValueError(
+                f"base_dtype {self.base_dtype} needs trainer.precision {needed}, "
+                f"not {self._trainer.precision}"
+            )
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """What is trained of ``net``, besides the heads that a `PerModule` does not name."""
@@ -207,10 +256,11 @@ class TuningModule(LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a full or a partial state; only frozen parameters may be missing from it."""
-        own = {key: value.shape for key, value in self.state_dict().items()}
+        own = self.state_dict()
         missing = own.keys() - state_dict.keys() - self.frozen_keys()
         unexpected = state_dict.keys() - own.keys()
-        reshaped = [k for k in own.keys() & state_dict.keys() if own[k] != state_dict[k].shape]
+        common = own.keys() & state_dict.keys()
+        reshaped = [key for key in common if own[key].shape != state_dict[key].shape]
         problems = {"lacks": missing, "does not expect": unexpected, "differs at": reshaped}
         told = [f"{verb} {min(keys)} ({len(keys)})" for verb, keys in problems.items() if keys]
         if told:
@@ -218,13 +268,15 @@ class TuningModule(LightningModule):
                 f"the checkpoint was made with another backbone, tuning or number of classes: "
                 f"{'; '.join(told)}"
             )
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        parts = {key: part_of(state_dict[key], own[key]) for key in common}
+        super().load_state_dict(parts, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys([], [])
 
     def description(self) -> dict[str, Any]:
         """Class path and plain arguments that make this module again, paths made absolute."""
         described = describe(self, () if self.weights in _TAGS else ("weights",))
-        described["init_args"].pop("adapter")  # a saved adapter stands for itself
+        for argument in ("adapter", *_OF_TRAINING):  # a saved adapter stands for itself
+            described["init_args"].pop(argument)
         return described
 
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:

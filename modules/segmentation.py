@@ -19,6 +19,7 @@ from .heads.segmentation import SegmentationNet, create_head
 from .losses import SegmentationLoss
 from .metrics import segmentation_metrics
 from .optim import OneCycle
+from .precision import BaseDtype
 from .windows import Inference, Whole
 
 TrainBatch = tuple[Tensor, Tensor]
@@ -60,6 +61,8 @@ class SegmentationModule(DenseModule):
         head_lr: float | None = None,
         layer_decay: float | None = None,
         drop_path: float = 0.0,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -91,6 +94,11 @@ class SegmentationModule(DenseModule):
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             drop_path: Probability that the last block of the backbone is left out in training;
                 that of earlier blocks falls to 0 (stochastic depth).
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16 or float16;
+                None is float32. Deltas, norms and heads stay float32. It needs mixed precision of
+                the same type.
         """
         super().__init__(
             num_classes=num_classes,
@@ -104,6 +112,8 @@ class SegmentationModule(DenseModule):
             lr_scheduler=lr_scheduler,
             head_lr=head_lr,
             layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
         )
         check_length("class_weights", class_weights, num_classes)
         self.backbone = backbone

@@ -57,8 +57,8 @@ def save(
 ) -> Path:
     """Writes an adapter, with every other parameter that trains and batch-norm statistics.
 
-    Of a sharded model (FSDP2) all processes must call it; one writes. No more than what is saved and
-    one tensor of the base is gathered at a time.
+    Of a sharded model (FSDP2) all processes must call it, and one writes. No more than what is
+    saved, and of the base one tensor at a time, is gathered.
 
     Args:
         model: The model.
@@ -433,9 +433,7 @@ def _swap_in(folder: Path, files: tuple[Path, ...]) -> None:
             os.replace(file, folder / file.name)
 
 
-def _write(
-    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], sharded: bool
-) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], sharded: bool) -> None:
     """Writes both files under temporary names, then renames them."""
     plain = {key: whole(tensor).contiguous().clone() for key, tensor in tensors.items()}
     if sharded and not writes():

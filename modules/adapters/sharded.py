@@ -6,6 +6,8 @@ time of a call the whole ones. What reads all of a parameter is therefore called
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -24,6 +26,26 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor on the CPU; of a sharded one only if every process asks for it."""
     gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return gathered.detach().cpu()
+
+
+def rows_of(part: Any) -> tuple[int, int]:
+    """The first row, and how many, that this process holds of a tensor shared out by rows."""
+    size, mesh = part.shape[0], part.device_mesh
+    each = -(-size // mesh.size())
+    first = min(mesh.get_local_rank() * each, size)
+    return first, min(each, size - first)
+
+
+def part_of(value: Tensor, like: Any) -> Tensor:
+    """What this process holds of a whole tensor that is shared out as ``like`` is, if it is."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    first, count = rows_of(like)
+    own = value[first : first + count].to(like.device, copy=True)
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(own, mesh, placements, shape=like.shape, stride=like.stride())
 
 
 def writes() -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backbones.blocks import blocks
@@ -32,8 +32,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> Lockstep:
     """
     for block in blocks(net).values():
         fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    return Lockstep(net)
+    return Lockstep(fully_shard(net, mesh=mesh))
 
 
 def check_sharded(module: nn.Module) -> None:
@@ -61,7 +60,7 @@ class Lockstep:
     process, as DDP does it.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: FSDPModule) -> None:
         """Watches the calls of a sharded network."""
         self.net = net
         self._last: tuple[Any, ...] = ()
@@ -82,13 +81,14 @@ class Lockstep:
             dist.broadcast(buffer, src=0)
 
     def finish(self) -> None:
-        """Joins in the calls of others until nobody has any more."""
+        """Joins in the calls of others until nobody has any more; then lets go of the weights."""
         self._joining = True
         try:
             while self._calling(False):
                 self.net(*self._last)
         finally:
             self._joining, self._last = False, ()
+        self.net.reshard()  # without a backward, FSDP holds what is not in blocks
 
     def _calling(self, mine: bool) -> bool:
         """Whether any process calls the network now."""

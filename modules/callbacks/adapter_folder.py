@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..adapters import save
+from ..adapters.sharded import is_sharded
 from ._files import log_dir
 
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
@@ -55,7 +56,8 @@ class AdapterFolder(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Saves the folder."""
         folder = _fresh(log_dir(trainer) / "adapter")
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        # Of a sharded network every process gives its parts.
+        if trainer.fast_dev_run or not (trainer.is_global_zero or is_sharded(pl_module.net)):
             return
         metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
         if best is None:
@@ -64,6 +66,8 @@ class AdapterFolder(Callback):
         else:
             _save_best(pl_module, best.best_model_path, folder, metadata)
             name, after = best.monitor, float(best.best_model_score)
+        if not trainer.is_global_zero:
+            return
         gain = (name, self.before.get(name), after)
         weights = "last" if best is None else "best"
         self.message = _message(folder, weights, gain, metadata.get("data"))

@@ -41,7 +41,9 @@ class Left:
 
     @property
     def moved(self) -> set[str]:
-        return {name for name, value in self.end.items() if not torch.equal(value, self.start[name])}
+        return {
+            name for name, value in self.end.items() if not torch.equal(value, self.start[name])
+        }
 
 
 class Watch(Callback):
@@ -91,8 +93,9 @@ def fit(
         "default_root_dir": folder,
     }
     callbacks = [watch, *options.pop("callbacks", [])]
+    ckpt_path = options.pop("ckpt_path", None)
     trainer = Trainer(callbacks=callbacks, **{**settings, **options})
-    trainer.fit(module, data or shapes(world))
+    trainer.fit(module, data or shapes(world), ckpt_path=ckpt_path)
     return watch.left, trainer
 
 

@@ -1,0 +1,154 @@
+"""What two processes do for the tests of this folder, in one start of them."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from litflora.adapters import FLoRA, Full, LoRA, Probe, Tuning, merge, save
+from litflora.callbacks import EMA, AdapterFolder
+from litflora.classification import ClassificationModule
+
+from . import runs
+
+TUNINGS: dict[str, Tuning] = {
+    "LoRA": LoRA(rank=4),
+    "FLoRA": FLoRA(rank=4),
+    "Full": Full(),
+    "Probe": Probe(),
+}
+BACKBONES = ("test_vit", "convnext_shapes")
+CASES = list(product(BACKBONES, ("LoRA", "FLoRA")))
+TWO = ("ddp", "fsdp2")
+
+Found = dict[Any, Any]
+
+
+def module(backbone: str, tuning: str, base: Path, **options: Any) -> ClassificationModule:
+    vit = {"weights": str(base), "img_size": 32}
+    own = vit if backbone == "test_vit" else {"weights": "embedded"}
+    return ClassificationModule(backbone, 10, tuning=TUNINGS[tuning], **{**own, **options})
+
+
+def everything(base: Path, folder: Path) -> dict[str, Found]:
+    """By name of the part."""
+    parts = (steps, files, resumed, variants, evaluated, mistakes)
+    found = {}
+    for part in parts:
+        own = folder / part.__name__
+        own.mkdir(exist_ok=True)
+        found[part.__name__] = part(base, own)
+    return found
+
+
+def steps(base: Path, folder: Path) -> Found:
+    """Twenty steps of each case."""
+    return {
+        (*case, strategy): runs.fit(module(*case, base), strategy, folder)[0]
+        for case in CASES
+        for strategy in TWO
+    }
+
+
+def files(base: Path, folder: Path) -> Found:
+    """The folders that are left, and what a rank's memory grew by while one was saved."""
+    for tuning, strategy in product(("LoRA", "Full"), TWO):
+        made = module("convnext_shapes", tuning, base)
+        own = folder / tuning / strategy
+        data = runs.shapes(2, steps=3)
+        _, trainer = runs.fit(made, strategy, own, data, callbacks=[AdapterFolder()])
+        if tuning == "LoRA":
+            peft = folder / "peft" / strategy
+            if strategy == "fsdp2" or trainer.is_global_zero:
+                save(made.net, peft, format="peft")
+    return {}
+
+
+def resumed(base: Path, folder: Path) -> Found:
+    """Two epochs in one go; the second one anew from the checkpoint of the first."""
+    found = {}
+    for strategy in TWO:
+        own = folder / strategy
+        keep = ModelCheckpoint(own, filename="{epoch}", save_top_k=-1)
+        options: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True}
+        data = runs.shapes(2, steps=4)
+        whole = runs.fit(
+            module("test_vit", "FLoRA", base), strategy, own, data, callbacks=[keep], **options
+        )
+        again = ModelCheckpoint(own / "again", filename="{epoch}", save_top_k=-1)
+        made, data = module("test_vit", "FLoRA", base), runs.shapes(2, steps=4)
+        after = runs.fit(
+            made, strategy, own, data, callbacks=[again], ckpt_path=own / "epoch=0.ckpt", **options
+        )
+        found[strategy] = whole[0], after[0]
+    return found
+
+
+def variants(base: Path, folder: Path) -> Found:
+    """What must change memory alone, and what little changes numbers."""
+    found: Found = {}
+    options = {
+        "plain": {},
+        "blocks": {"activation_checkpointing": "blocks"},
+        "every-2": {"activation_checkpointing": "every-2"},
+    }
+    for (name, option), strategy in product(options.items(), TWO):
+        made = module("test_vit", "FLoRA", base, **option)
+        found[name, strategy], _ = runs.fit(made, strategy, folder, runs.shapes(2, steps=3))
+    for strategy in TWO:
+        made = module("test_vit", "FLoRA", base, base_dtype="bfloat16")
+        data = runs.shapes(2, steps=3)
+        left, _ = runs.fit(made, strategy, folder, data, precision="bf16-mixed")
+        found["bfloat16", strategy] = left, {n: p.dtype for n, p in made.named_parameters()}
+    return found
+
+
+def evaluated(base: Path, folder: Path) -> Found:
+    """Evaluations in which the processes have different numbers of batches and of windows."""
+    found: Found = {}
+    for strategy in TWO:
+        made = module("convnext_shapes", "FLoRA", base)
+        data = runs.shapes(2, steps=2)
+        data.batch_size = 3
+        _, trainer = runs.fit(made, strategy, folder, data)
+        found["fit", strategy] = dict(trainer.callback_metrics)
+        found["test", strategy] = trainer.test(made, data, verbose=False)[0]
+        rows = trainer.predict(made, data)
+        found["predict", strategy] = [path for row in rows for path in row["paths"]]
+    return found
+
+
+def mistakes(base: Path, folder: Path) -> Found:
+    """What is refused, by the text of the error."""
+    return {
+        "unsharded": _refused(_Weighed("convnext_shapes", 10, weights="embedded"), folder),
+        "EMA": _refused(module("test_vit", "LoRA", base), folder, callbacks=[EMA()]),
+        "merge": _refused(module("test_vit", "LoRA", base), folder, callbacks=[_Merging()]),
+    }
+
+
+class _Weighed(ClassificationModule):
+    """Somebody's module with a parameter beside the net."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+
+class _Merging(Callback):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        merge(pl_module.net)
+
+
+def _refused(made: Any, folder: Path, **options: Any) -> str:
+    try:
+        runs.fit(made, "fsdp2", folder, runs.shapes(2, steps=1), **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"

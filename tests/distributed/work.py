@@ -15,7 +15,7 @@ from litflora.adapters import FLoRA, Full, LoRA, Probe, Tuning, merge, save
 from litflora.callbacks import EMA, AdapterFolder
 from litflora.classification import ClassificationModule
 
-from . import runs
+from . import matrix, runs
 
 TUNINGS: dict[str, Tuning] = {
     "LoRA": LoRA(rank=4),
@@ -38,7 +38,7 @@ def module(backbone: str, tuning: str, base: Path, **options: Any) -> Classifica
 
 def everything(base: Path, folder: Path) -> dict[str, Found]:
     """By name of the part."""
-    parts = (steps, files, resumed, variants, evaluated, mistakes)
+    parts = (steps, files, resumed, variants, evaluated, mistakes, cells)
     found = {}
     for part in parts:
         own = folder / part.__name__
@@ -131,6 +131,11 @@ def mistakes(base: Path, folder: Path) -> Found:
         "EMA": _refused(module("test_vit", "LoRA", base), folder, callbacks=[EMA()]),
         "merge": _refused(module("test_vit", "LoRA", base), folder, callbacks=[_Merging()]),
     }
+
+
+def cells(base: Path, folder: Path) -> dict[matrix.Cell, matrix.Result]:
+    """The support matrix, but for its runs of one process."""
+    return {cell: matrix.run(cell, folder) for cell in matrix.cells(*TWO)}
 
 
 class _Weighed(ClassificationModule):

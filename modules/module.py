@@ -97,8 +97,8 @@ class TuningModule(LightningModule):
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
                 input alone, and runs again in backward) or ``every-k``: each k-th block.
-            base_dtype: What frozen linear layers and convolutions are held in; None is float32.
-                Deltas, norms and heads stay float32. It needs mixed precision of the same type.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__()
         if head_lr is not None and head_lr < 0:
@@ -173,11 +173,10 @@ class TuningModule(LightningModule):
 
     def _check_base_dtype(self) -> None:
         """Raises if layers would meet inputs of another type than their weights'."""
-        needed = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(self.base_dtype or "")
-        if needed and self._trainer is not None and self._trainer.precision != needed:
+        precision = None if self._trainer is None else self._trainer.precision
+        if self.base_dtype is not None and precision not in (None, "bf16-mixed"):
             raise ValueError(
-                f"base_dtype {self.base_dtype} needs trainer.precision {needed}, "
-                f"not {self._trainer.precision}"
+                f"base_dtype {self.base_dtype} needs trainer.precision bf16-mixed, not {precision}"
             )
 
     def tuning_of(self, net: nn.Module) -> Tuning:

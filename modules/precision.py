@@ -1,4 +1,4 @@
-"""A frozen base held in half precision, under deltas, norms and heads in float32."""
+"""A frozen base held in bfloat16, under deltas, norms and heads in float32."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-BaseDtype = Literal["bfloat16", "float16"]
+BaseDtype = Literal["bfloat16"]
 
 
 def hold_base(net: nn.Module, dtype: torch.dtype) -> None:
-    """Holds what is frozen of linear layers and convolutions in half precision, in place.
+    """Holds what is frozen of linear layers and convolutions in another type, in place.
 
-    These are the layers that autocast computes in half precision anyway, and nearly all of a base.
+    These are the layers that autocast computes in bfloat16 anyway, and nearly all of a base.
     Everything else, in which rounding would tell, stays as it is.
 
     Args:
         net: A tuned network.
-        dtype: torch.bfloat16 or torch.float16.
+        dtype: The type.
     """
     for module in net.modules():
         if isinstance(module, nn.Linear | _ConvNd):

@@ -96,9 +96,8 @@ class SegmentationModule(DenseModule):
                 that of earlier blocks falls to 0 (stochastic depth).
             activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
                 input alone, and runs again in backward) or ``every-k``: each k-th block.
-            base_dtype: What frozen linear layers and convolutions are held in, bfloat16 or float16;
-                None is float32. Deltas, norms and heads stay float32. It needs mixed precision of
-                the same type.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__(
             num_classes=num_classes,

@@ -245,10 +245,20 @@ class _Drawing(TorchDispatchMode):
     A head that is made afterwards then starts with the numbers that it has in an ordinary run.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._scratch = torch.empty(0)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if str(func) in _RANDOM and args[0].is_meta:
-            func(torch.empty_like(args[0], device="cpu"), *args[1:], **(kwargs or {}))
+            func(self._room(args[0]), *args[1:], **(kwargs or {}))
             return args[0]
         return func(*args, **(kwargs or {}))
+
+    def _room(self, like: Tensor) -> Tensor:
+        """A tensor to draw into; always in the same memory, which an allocator might not reuse."""
+        if self._scratch.numel() < like.numel() or self._scratch.dtype != like.dtype:
+            self._scratch = torch.empty(like.numel(), dtype=like.dtype)
+        return self._scratch[: like.numel()].view(like.shape)

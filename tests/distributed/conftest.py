@@ -6,6 +6,7 @@ import worlds
 from tiny import save_base
 
 from . import work
+from .memory import save_random
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +23,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def two(base: Path, folder: Path) -> list[dict[str, Any]]:
     """What two processes found, by rank."""
+    save_random("vit_base_patch16_224", folder / "big.safetensors")
     return worlds.run(work.everything, base, folder)

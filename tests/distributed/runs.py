@@ -74,9 +74,23 @@ def parameters(module: LightningModule) -> dict[str, Tensor]:
 
 
 def fit(
-    module: LightningModule, strategy: str, folder: Path, data: Any = None, **options: Any
+    module: LightningModule,
+    strategy: str,
+    folder: Path,
+    data: Any = None,
+    keep: bool = True,
+    **options: Any,
 ) -> tuple[Left, Trainer]:
-    """Fits a module on a CPU, by as many processes as there are."""
+    """Fits a module on a CPU, by as many processes as there are.
+
+    Args:
+        module: The module.
+        strategy: One of `STRATEGIES`.
+        folder: Where it leaves files.
+        data: A datamodule; None are drawn shapes.
+        keep: Take down all parameters before and after.
+        options: Of the Trainer, and ``ckpt_path``.
+    """
     seed_everything(0, verbose=False)
     watch = Watch()
     world = 1 if strategy == "single" else dist_world()
@@ -92,7 +106,7 @@ def fit(
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
     }
-    callbacks = [watch, *options.pop("callbacks", [])]
+    callbacks = [*([watch] if keep else []), *options.pop("callbacks", [])]
     ckpt_path = options.pop("ckpt_path", None)
     trainer = Trainer(callbacks=callbacks, **{**settings, **options})
     trainer.fit(module, data or shapes(world), ckpt_path=ckpt_path)

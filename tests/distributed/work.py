@@ -16,6 +16,7 @@ from litflora.callbacks import EMA, AdapterFolder
 from litflora.classification import ClassificationModule
 
 from . import matrix, runs
+from .memory import sharded_memory
 
 TUNINGS: dict[str, Tuning] = {
     "LoRA": LoRA(rank=4),
@@ -38,7 +39,7 @@ def module(backbone: str, tuning: str, base: Path, **options: Any) -> Classifica
 
 def everything(base: Path, folder: Path) -> dict[str, Found]:
     """By name of the part."""
-    parts = (steps, files, resumed, variants, evaluated, mistakes, cells)
+    parts = (memory, steps, files, resumed, variants, evaluated, mistakes, cells)
     found = {}
     for part in parts:
         own = folder / part.__name__
@@ -68,6 +69,11 @@ def files(base: Path, folder: Path) -> Found:
             if strategy == "fsdp2" or trainer.is_global_zero:
                 save(made.net, peft, format="peft")
     return {}
+
+
+def memory(base: Path, folder: Path) -> Found:
+    """What this process's memory grows by while a model of some size is built, and saved."""
+    return sharded_memory("vit_base_patch16_224", folder.parent / "big.safetensors", folder, 112)
 
 
 def resumed(base: Path, folder: Path) -> Found:

@@ -131,6 +131,13 @@ def test_processes_with_different_numbers_of_batches_judge_alike(what: str, two:
         assert two[1]["evaluated"][what, "fsdp2"][key] == fsdp2[key] or key == "train/loss"
 
 
+def test_processes_with_different_numbers_of_windows_judge_alike(two: Any) -> None:
+    ddp, fsdp2 = (two[0]["windows"][strategy] for strategy in TWO)
+    assert "val/miou" in ddp
+    assert fsdp2 == pytest.approx(ddp, abs=1e-4)
+    assert two[1]["windows"]["fsdp2"]["val/miou"] == fsdp2["val/miou"]
+
+
 def test_each_image_is_predicted_once(two: Any) -> None:
     paths = [path for rank in two for path in rank["evaluated"]["predict", "fsdp2"]]
     assert len(paths) == len(set(paths)) == 20

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from litflora.adapters import FLoRA, Full, LoRA, Probe, Tuning, merge, save
 from litflora.callbacks import EMA, AdapterFolder
 from litflora.classification import ClassificationModule
+from litflora.segmentation import SegmentationModule
+from litflora.windows import SlidingWindow
 
 from . import matrix, runs
 from .memory import sharded_memory
@@ -39,7 +43,7 @@ def module(backbone: str, tuning: str, base: Path, **options: Any) -> Classifica
 
 def everything(base: Path, folder: Path) -> dict[str, Found]:
     """By name of the part."""
-    parts = (memory, steps, files, resumed, variants, evaluated, mistakes, cells)
+    parts = (memory, steps, files, resumed, variants, evaluated, windows, mistakes, cells)
     found = {}
     for part in parts:
         own = folder / part.__name__
@@ -128,6 +132,50 @@ def evaluated(base: Path, folder: Path) -> Found:
         rows = trainer.predict(made, data)
         found["predict", strategy] = [path for row in rows for path in row["paths"]]
     return found
+
+
+def windows(base: Path, folder: Path) -> Found:
+    """Three images, one of which takes many windows: a process has one of them or two."""
+    found = {}
+    for strategy in TWO:
+        made = SegmentationModule(
+            "convnext_shapes",
+            4,
+            weights="embedded",
+            img_size=64,
+            head_width=16,
+            inference=SlidingWindow(64, batch_size=1),
+        )
+        made.configure_callbacks = list  # type: ignore[method-assign]
+        _, trainer = runs.fit(made, strategy, folder, Sizes(), keep=False)
+        found[strategy] = {key: float(v) for key, v in trainer.callback_metrics.items()}
+    return found
+
+
+class Sizes(LightningDataModule):
+    """Noise of several sizes."""
+
+    sides = ((64, 64), (64, 200), (70, 64))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        images, masks = _noise(64, 64)
+        data = TensorDataset(images.repeat(8, 1, 1, 1), masks.repeat(8, 1, 1))
+        return DataLoader(data, batch_size=2)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        data: Any = [_noise(*sides) for sides in self.sides]
+        sampler = UnrepeatedDistributedSampler(data, shuffle=False)
+        return DataLoader(data, sampler=sampler, collate_fn=_listed)
+
+
+def _noise(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(height * width)
+    image = torch.rand(3, height, width, generator=generator)
+    return image, torch.randint(4, (height, width), generator=generator)
+
+
+def _listed(batch: list[Any]) -> tuple[list[Any], ...]:
+    return tuple(map(list, zip(*batch, strict=True)))
 
 
 def mistakes(base: Path, folder: Path) -> Found:

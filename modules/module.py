@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from . import adapters
 from .adapters import FLoRA, PerModule, Tuning, inject, load, read_config
@@ -25,6 +26,7 @@ from .backbones import normalization, with_targets
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
+from .processes import check_batch_norms, share_buffers
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -128,6 +130,8 @@ class TuningModule(LightningModule):
         mean, std = normalization(net)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        if self._trainer is not None:
+            check_batch_norms(net, self._trainer.strategy)
         self.net = net
         self.train(self.training)
 
@@ -179,6 +183,21 @@ class TuningModule(LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         config = scheduler_config(scheduler, total_steps, self.monitor)
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_validation_start(self) -> None:
+        """Shares the buffers, once: processes may have different numbers of batches.
+
+        DDP would do so in the forward pass of a batch, after any that had gradients.
+        """
+        share_buffers(self)
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_forward_param_sync = (
+                False  # the next training step resets it
+            )
+
+    def on_train_end(self) -> None:
+        """Leaves all processes with the same buffers."""
+        share_buffers(self)
 
     def on_train_start(self) -> None:
         """Takes the seed of the run, unless a checkpoint has brought one."""

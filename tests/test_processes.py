@@ -8,16 +8,20 @@ import torch
 import worlds
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from shell import files_below
+from timm.layers import BatchNormAct2d
 from tiny import NAMES, colours, module, save_base, trainer
+from torch import nn
 
-from litflora import DetectionModule, SegmentationModule
-from litflora.adapters import BitFit, FLoRA, LoRA
+from litflora import ClassificationModule, DetectionModule, SegmentationModule
+from litflora.adapters import BitFit, FLoRA, LoRA, NormTuning, Tuning, save
 from litflora.average_precision import AveragePrecision
 from litflora.callbacks import EMA, AdapterFolder, ConfusionMatrix
 from litflora.datamodules import ShapesDetectionDataModule, ShapesSegmentationDataModule
 from litflora.datamodules.base import ClassificationDataModule, Samples
 from litflora.module import from_adapter
-from litflora.processes import interleaved
+from litflora.processes import check_batch_norms, interleaved
+
+pytestmark = pytest.mark.filterwarnings("ignore:weights is null")
 
 SIZE = 32
 SHAPES = {"weights": "embedded", "img_size": SIZE, "head_width": 32}
@@ -244,3 +248,46 @@ def test_the_adapter_of_two_processes_is_their_model(name, ranks, folder):
     state = saved.state_dict()
     assert state.keys() == after.keys()
     assert all(torch.equal(state[key], after[key]) for key in after)
+
+
+# Batch norms -------------------------------------------------------------------------------------
+
+
+def with_batch_norms(tuning: Tuning) -> ClassificationModule:
+    made = module(None, backbone="test_resnet", tuning=tuning)
+    made.configure_model()
+    return made
+
+
+def test_frozen_batch_norms_stay_so_when_they_are_synchronized(tmp_path):
+    """As Lightning converts them where there are GPUs."""
+    for tuning, trains in ((NormTuning(), True), (FLoRA(), False)):
+        made = with_batch_norms(tuning)
+        keys, frozen = made.state_dict().keys(), made.frozen_keys()
+        save(made.net, tmp_path / "before")
+        made = nn.SyncBatchNorm.convert_sync_batchnorm(made).train()
+        norms = [each for each in made.modules() if isinstance(each, nn.SyncBatchNorm)]
+        assert norms
+        assert all(norm.training == trains for norm in norms)
+        assert (made.state_dict().keys(), made.frozen_keys()) == (keys, frozen)
+        save(made.net, tmp_path / "after")
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            before, after = (tmp_path / name / file for name in ("before", "after"))
+            assert before.read_bytes() == after.read_bytes()
+            before.unlink(), after.unlink()
+
+
+def test_batch_norms_are_not_synchronized_on_cpus():
+    made = module(None, backbone="test_resnet")
+    made.trainer = trainer(Path(), strategy="ddp", devices=2, sync_batchnorm=True)
+    with pytest.raises(ValueError, match="sync_batchnorm works on GPUs only"):
+        made.configure_model()
+
+
+def test_batch_norms_that_torch_would_rob_of_their_activation():
+    strategy = SimpleNamespace(_layer_sync=object(), root_device=torch.device("cuda"))
+    check_batch_norms(nn.BatchNorm2d(3), strategy)
+    with pytest.raises(ValueError, match="no batch norms with an activation"):
+        check_batch_norms(BatchNormAct2d(3), strategy)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(BatchNormAct2d(3)).eval()
+    assert converted(-torch.ones(1, 3, 1, 1)).min() < 0  # else nothing would have to be refused

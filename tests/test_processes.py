@@ -7,7 +7,7 @@ import pytest
 import torch
 import worlds
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from shell import files_below
+from shell import QUIET, SMALL, files_below, litflora, litflora_process
 from timm.layers import BatchNormAct2d
 from tiny import NAMES, colours, module, save_base, trainer
 from torch import nn
@@ -291,3 +291,39 @@ def test_batch_norms_that_torch_would_rob_of_their_activation():
         check_batch_norms(BatchNormAct2d(3), strategy)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(BatchNormAct2d(3)).eval()
     assert converted(-torch.ones(1, 3, 1, 1)).min() < 0  # else nothing would have to be refused
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def test_two_processes_of_the_command_line_test_as_one(tmp_path):
+    few = ("--data.train_samples", 4, "--data.val_samples", 2, "--data.test_samples", 21)
+    runs = (*SMALL, "--trainer.default_root_dir", tmp_path)
+    assert litflora("fit", "--config", "quickstart", *few, *runs).code == 0
+    adapter = tmp_path / "quickstart" / "version_0" / "adapter"
+    one = litflora("test", "--adapter", adapter, *runs)
+    two = litflora_process("test", "--adapter", adapter, "--config", "trainer/ddp_cpu", *runs)
+    assert (one.code, two.code) == (0, 0), two.err
+    folders = (tmp_path / "test" / "version_0", tmp_path / "trainer" / "ddp_cpu" / "version_0")
+    logs = [(folder / "metrics.csv").read_text() for folder in folders]
+    assert logs[0] == logs[1]
+    assert files_below(folders[0]) == files_below(folders[1])
+    for line in ("data     21 test images", "test/acc"):
+        assert one.out.count(line) == two.out.count(line) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--data.val_samples", 1), "the val split has 1 samples"),  # the first process knows
+        (("--model.weights", "nowhere.safetensors"), "weights file nowhere"),  # and here all
+    ],
+)
+def test_a_mistake_of_several_processes_is_told_once(options, said, tmp_path):
+    runs = ("--config", "quickstart", "--config", "trainer/ddp_cpu", *QUIET)
+    fit = litflora_process("fit", *runs, "--trainer.default_root_dir", tmp_path / "runs", *options)
+    assert fit.code == 2
+    assert fit.err.startswith(f"error: {said}")
+    assert len(fit.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -187,16 +187,14 @@ class TuningModule(LightningModule):
     def on_validation_start(self) -> None:
         """Shares the buffers, once: processes may have different numbers of batches.
 
-        DDP would do so in the forward pass of a batch, after any that had gradients.
+        DDP would do so in the first batch. The next training step makes it share them again.
         """
         share_buffers(self)
         if isinstance(self.trainer.model, DistributedDataParallel):
-            self.trainer.model.require_forward_param_sync = (
-                False  # the next training step resets it
-            )
+            self.trainer.model.require_forward_param_sync = False
 
     def on_train_end(self) -> None:
-        """Leaves all processes with the same buffers."""
+        """Shares the buffers of the last steps."""
         share_buffers(self)
 
     def on_train_start(self) -> None:

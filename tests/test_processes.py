@@ -44,7 +44,7 @@ class Noise(ClassificationDataModule):
         return Samples((images * 255).to(torch.uint8), labels.tolist(), names)
 
 
-def alone(world: int) -> dict[str, object]:
+def spread_over(world: int) -> dict[str, object]:
     return {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
 
 
@@ -66,7 +66,7 @@ def evaluate(folder: Path, world: int) -> dict[str, object]:
 def classify(folder: Path, world: int, count: int, batch_size: int) -> dict[str, object]:
     seed_everything(0)
     tuned, data = module(folder.parents[1] / "test_vit.safetensors"), Noise(count, batch_size)
-    run = trainer(folder, **alone(world))
+    run = trainer(folder, **spread_over(world))
     (metrics,) = run.test(tuned, data, verbose=False)
     (matrix,) = [each for each in run.callbacks if isinstance(each, ConfusionMatrix)]
     counts = matrix.matrix.compute()
@@ -87,7 +87,7 @@ def detection() -> tuple[LightningModule, ShapesDetectionDataModule]:
 
 def dense(folder: Path, world: int, tuned: LightningModule, data: object) -> dict[str, object]:
     seed_everything(0)
-    run = trainer(folder, **alone(world))
+    run = trainer(folder, **spread_over(world))
     (metrics,) = run.test(tuned, data, verbose=False)
     run.predict(tuned, data, return_predictions=False)
     return metrics
@@ -138,7 +138,9 @@ def fit(folder: Path, tuned: LightningModule, data: object, *more: Callback) -> 
     seed_everything(0)
     tuned.configure_model()
     before = copied(tuned)
-    run = trainer(folder, max_epochs=2, callbacks=[AdapterFolder(), Silence(), *more], **alone(2))
+    options = {"max_epochs": 3, "check_val_every_n_epoch": 2}  # training comes last
+    callbacks = [AdapterFolder(), Silence(), *more]
+    run = trainer(folder, callbacks=callbacks, **options, **spread_over(2))
     run.fit(tuned, data)
     frozen = {name for name, p in tuned.named_parameters() if not p.requires_grad}
     judged = {n: v for n, v in run.callback_metrics.items() if n.startswith("val/")}

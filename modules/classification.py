@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import CatMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassF1Score,
 )
+from torchmetrics.utilities import dim_zero_cat
 from torchvision.transforms import v2
 
 from . import backbones
@@ -26,8 +27,20 @@ from .drawing import Drawing, LabelDrawing
 from .module import unit_range
 from .optim import OneCycle
 from .precision import BaseDtype
+from .processes import gather_in_order
 
 Batch = tuple[Tensor, Tensor]
+
+
+class SampleMean(CatMetric):
+    """The mean over samples, bit for bit the same however they are spread over processes."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable", dist_sync_fn=gather_in_order)
+
+    def compute(self) -> Tensor:
+        """The mean of all values so far."""
+        return dim_zero_cat(self.value).mean()
 
 
 class ClassificationModule(ClassesModule):
@@ -117,6 +130,7 @@ class ClassificationModule(ClassesModule):
         weight = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weight, persistent=False)
         self.mix = _mixing(mixup, cutmix, num_classes)
+        self.val_loss, self.test_loss = SampleMean(), SampleMean()
         metrics = _metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
@@ -160,11 +174,11 @@ class ClassificationModule(ClassesModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Updates the validation metrics."""
-        self._evaluate(batch, "val", self.val_metrics)
+        self._evaluate(batch, "val", self.val_loss, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Updates the test metrics; returns ``probs`` and ``labels`` for callbacks."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, "test", self.test_loss, self.test_metrics)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
         """Returns the ``paths`` of the images and the ``probs`` of the classes."""
@@ -175,11 +189,13 @@ class ClassificationModule(ClassesModule):
         weight, smoothing = self.class_weights, self.label_smoothing
         return F.cross_entropy(logits.float(), labels, weight=weight, label_smoothing=smoothing)
 
-    def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> dict[str, Tensor]:
+    def _evaluate(
+        self, batch: Batch, stage: str, loss: Metric, metrics: MetricCollection
+    ) -> dict[str, Tensor]:
         images, labels = batch
         logits = self(images).float()
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True)
+        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.log(f"{stage}/loss", loss, batch_size=len(images))
         probs = logits.softmax(-1)
         metrics.update(probs, labels)
         for name, metric in metrics.items():
@@ -193,7 +209,7 @@ def _metrics(num_classes: int) -> MetricCollection:
             "acc": MulticlassAccuracy(num_classes, average="micro"),
             "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
             "f1": MulticlassF1Score(num_classes, average="macro"),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+            "ece": MulticlassCalibrationError(num_classes, dist_sync_fn=gather_in_order),
         },
         # Groups are guessed from the first batch: if it is all right, top5 would follow acc.
         compute_groups=False,

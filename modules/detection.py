@@ -254,7 +254,10 @@ class DetectionModule(DenseModule):
         return {"names": list(names), "found": self(images)}
 
     def _log_precisions(self, stage: str, metric: AveragePrecision) -> None:
+        # All processes have the same, which the greatest of them is: a mean would be rounded.
+        options = {"sync_dist": True, "reduce_fx": "max"}
         for name, value in metric.compute().items():
             if name != "classes" and not name.endswith("per_class"):
-                self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
+                shown = name.endswith("map50")
+                self.log(f"{stage}/{name}", float(value), prog_bar=shown, **options)
         metric.reset()

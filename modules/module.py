@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from . import adapters
 from .adapters import FLoRA, PerModule, Tuning, check_base, inject, load, read_config
@@ -30,6 +31,7 @@ from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
 from .precision import BaseDtype, hold_base
+from .processes import check_batch_norms, share_buffers
 from .sharding import Lockstep, shard
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
@@ -149,6 +151,8 @@ class TuningModule(LightningModule):
         mean, std = normalization(net)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        if self._trainer is not None:
+            check_batch_norms(net, self._trainer.strategy)
         self.net = net
         self.train(self.training)
 
@@ -166,6 +170,9 @@ class TuningModule(LightningModule):
     def _shard(self, net: nn.Module, weights: Deferred) -> None:
         """Shares the network out, and reads this process's part of its weights."""
         assert self.device_mesh is not None
+        sync = self.trainer.strategy._layer_sync  # Lightning leaves sync_batchnorm to us here
+        if sync is not None:
+            sync.apply(net)
         self.lockstep = shard(net, self.device_mesh["data_parallel"])
         weights.fill(net, self.trainer.strategy.root_device)
         if self.adapter is not None and "format" in (saved := read_config(self.adapter)):
@@ -227,6 +234,19 @@ class TuningModule(LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         config = scheduler_config(scheduler, total_steps, self.monitor)
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_validation_start(self) -> None:
+        """Shares the buffers, once: processes may have different numbers of batches.
+
+        DDP would do so in the first batch. The next training step makes it share them again.
+        """
+        share_buffers(self)
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_forward_param_sync = False
+
+    def on_train_end(self) -> None:
+        """Shares the buffers of the last steps."""
+        share_buffers(self)
 
     def on_train_start(self) -> None:
         """Takes the seed of the run, unless a checkpoint has brought one."""

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backbones.blocks import blocks
 
@@ -55,9 +54,6 @@ class Lockstep:
     A call gathers weights, in which all processes have to take part, and they have different
     numbers of images and of windows in them. Before each call a process says that it makes one; one
     that has no more images joins in the calls of the others, and throws away what comes out.
-
-    In the same breath the running statistics of batch norms that train are made those of the first
-    process, as DDP does it.
     """
 
     def __init__(self, net: FSDPModule) -> None:
@@ -65,20 +61,12 @@ class Lockstep:
         self.net = net
         self._last: tuple[Any, ...] = ()
         self._joining = False
-        self._statistics = [
-            buffer
-            for module in net.modules()
-            if isinstance(module, _BatchNorm) and any(p.requires_grad for p in module.parameters())
-            for buffer in module.buffers()
-        ]
         net.register_forward_pre_hook(self._before_call, prepend=True)  # before FSDP's own
 
     def _before_call(self, net: nn.Module, args: tuple[Any, ...]) -> None:
         if not net.training and not self._joining:
             self._last = args
             self._calling(True)
-        for buffer in self._statistics:
-            dist.broadcast(buffer, src=0)
 
     def finish(self) -> None:
         """Joins in the calls of others until nobody has any more; then lets go of the weights."""

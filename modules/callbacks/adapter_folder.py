@@ -32,6 +32,7 @@ class AdapterFolder(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self.message = ""
+        self.run: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Turns the sanity check into a validation of the start."""
@@ -39,6 +40,10 @@ class AdapterFolder(Callback):
         asked = trainer.num_sanity_val_steps != 0  # 0 says that no one wants to wait for it
         if asked and stage == "fit" and not trainer.fast_dev_run and trainer.ckpt_path is None:
             trainer.num_sanity_val_steps = float("inf")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the run's folder, while all processes can do it together."""
+        self.run = log_dir(trainer)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metrics of the start; a resumed run has brought its own."""
@@ -55,7 +60,8 @@ class AdapterFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Saves the folder."""
-        folder = _fresh(log_dir(trainer) / "adapter")
+        assert self.run is not None
+        folder = _fresh(self.run / "adapter")
         # Of a sharded network every process gives its parts.
         if trainer.fast_dev_run or not (trainer.is_global_zero or is_sharded(pl_module.net)):
             return
@@ -77,7 +83,7 @@ class AdapterFolder(Callback):
     ) -> None:
         """Says how to go on with a run that was interrupted."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.training:
-            print(_interrupted(trainer), flush=True)
+            print(_interrupted(self.run), flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
@@ -86,9 +92,12 @@ class AdapterFolder(Callback):
         self.message = ""
 
 
-def _interrupted(trainer: Trainer) -> str:
-    run = log_dir(trainer)
-    left = sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+def _interrupted(run: Path | None) -> str:
+    left = (
+        []
+        if run is None
+        else sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    )
     if not left:
         return "\ninterrupted before the first checkpoint: nothing is saved"
     config, checkpoint = shlex.quote(str(run / "config.yaml")), shlex.quote(str(left[-1]))

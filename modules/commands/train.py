@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from .. import classification, datamodules, segmentation
 from ..module import TuningModule
+from ..processes import ending_together
 from . import recipes
 from .mistakes import explain
 
@@ -184,7 +185,7 @@ class LitFloraCLI(LightningCLI):
         max_epochs = self.trainer.max_epochs if subcommand == "fit" else None
         check_checkpoint(config.get("ckpt_path"), max_epochs)
         folder = own_folder(self.trainer) if self.trainer.is_global_zero else None
-        with removed_on_mistake(folder):
+        with removed_on_mistake(folder), ending_together(self.trainer):
             super()._run_subcommand(subcommand)
 
 

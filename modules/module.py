@@ -13,16 +13,26 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from . import adapters
-from .adapters import FLoRA, PerModule, Tuning, check_base, inject, load, read_config
+from .adapters import (
+    FLoRA,
+    PerModule,
+    Summary,
+    Tuning,
+    check_base,
+    inject,
+    load,
+    read_config,
+    summary,
+)
 from .adapters.layers import origin_of
-from .adapters.sharded import part_of
+from .adapters.sharded import part_of, plain_name
 from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
 from .backbones.blocks import check_checkpointing, checkpoint_activations
@@ -62,6 +72,7 @@ class TuningModule(LightningModule):
         monitor: The metric that says how good the model is.
         drawing: How the task draws its samples, and what the model makes of them.
         net: The network, None before ``configure_model``.
+        tuned: What is adapted and trained of it, None before ``configure_model``.
         lockstep: Keeps processes together that hold parts of the network; None if there are none.
     """
 
@@ -69,6 +80,7 @@ class TuningModule(LightningModule):
     monitor: ClassVar[str] = "val/loss"
     drawing: ClassVar[type[Drawing]]
     net: nn.Module | None
+    tuned: Summary | None = None
     lockstep: Lockstep | None = None
     mean: Tensor
     std: Tensor
@@ -137,10 +149,12 @@ class TuningModule(LightningModule):
         if self.net is not None:
             return
         self._check_base_dtype()
-        sharded = isinstance(getattr(self._trainer, "strategy", None), ModelParallelStrategy)
+        sharded = isinstance(self._strategy, ModelParallelStrategy)
         with deferring(sharded) as weights:
             net = self.build()
         self._tune(net, torch.device("cpu") if sharded else None)
+        self._matrices = {name for name, p in net.named_parameters() if p.ndim > 1}
+        self.tuned = summary(net)
         if self.base_dtype is not None:
             hold_base(net, getattr(torch, self.base_dtype))
         checkpoint_activations(net, self.activation_checkpointing)
@@ -155,6 +169,10 @@ class TuningModule(LightningModule):
             check_batch_norms(net, self._trainer.strategy)
         self.net = net
         self.train(self.training)
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self._trainer.strategy
 
     def _tune(self, net: nn.Module, device: torch.device | None) -> None:
         """Puts the tuning or the saved adapter into the network, deltas on a device."""
@@ -181,6 +199,10 @@ class TuningModule(LightningModule):
     def _check_base_dtype(self) -> None:
         """Raises if layers would meet inputs of another type than their weights'."""
         precision = None if self._trainer is None else self._trainer.precision
+        if self.base_dtype is not None and isinstance(self._strategy, FSDPStrategy):
+            raise ValueError(
+                "FSDP1 takes parameters of one type: leave base_dtype out, or use FSDP2"
+            )
         if self.base_dtype is not None and precision not in (None, "bf16-mixed"):
             raise ValueError(
                 f"base_dtype {self.base_dtype} needs trainer.precision bf16-mixed, not {precision}"
@@ -227,6 +249,7 @@ class TuningModule(LightningModule):
             self.head_lr,
             self.layer_decay,
             None if self.optimizer_factory else factors,
+            self._matrices,
         )
         if self.scheduler_factory is None:
             return optimizer
@@ -291,6 +314,10 @@ class TuningModule(LightningModule):
         super().load_state_dict(parts, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys([], [])
 
+    def anew(self) -> TuningModule:
+        """The same module without its network, as one process alone would make it."""
+        return instantiate_module(type(self), describe(self, ())["init_args"])
+
     def description(self) -> dict[str, Any]:
         """Class path and plain arguments that make this module again, paths made absolute."""
         described = describe(self, () if self.weights in _TAGS else ("weights",))
@@ -310,7 +337,8 @@ class TuningModule(LightningModule):
         if self.weights is None:
             return set()
         named = self.named_parameters(remove_duplicate=False)
-        return {name for name, p in named if not p.requires_grad and ".adapters." not in name}
+        frozen = (name for name, p in named if not p.requires_grad and ".adapters." not in name)
+        return set(map(plain_name, frozen))
 
     def _save_plain_hyperparameters(self) -> None:
         plain = {key: _plain(value) for key, value in self.hparams.items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
@@ -110,33 +110,60 @@ class FSDP2(ModelParallelStrategy):
 class FSDP1(FSDPStrategy):
     """The older fully sharded data parallelism, which flattens the parameters of each block.
 
-    It runs on GPUs only. FSDP2 needs less memory for a frozen base and takes parameters of any
-    types; this is for software that knows the older one alone.
+    It runs on GPUs only, and is for software that knows no other: FSDP2 needs less memory for a
+    frozen base, takes parameters of any types side by side, and processes may evaluate different
+    numbers of images. Blocks are wrapped one by one, frozen and trained parameters together.
     """
 
     def __init__(self) -> None:
-        """Blocks are wrapped one by one; trained and frozen parameters may be in the same one."""
-        super().__init__(
-            auto_wrap_policy=wrapping(lambda: self.lightning_module),
-            use_orig_params=True,
-            state_dict_type="full",
+        """Has nothing to be set."""
+        options: dict[str, Any] = {"use_orig_params": True, "state_dict_type": "full"}
+        super().__init__(auto_wrap_policy=self._is_block, **options)
+        self._blocks: set[int] = set()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Finds the blocks before any is wrapped."""
+        module: Any = self.lightning_module
+        self._blocks = set(map(id, blocks(module.net).values()))
+        super().setup(trainer)
+
+    def _is_block(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        """FSDP's question, whether to look into a module and whether to wrap it."""
+        return recurse or id(module) in self._blocks
+
+    def on_validation_start(self) -> None:
+        """Checks that processes will call the network equally often."""
+        self._check_batches("sanity_val" if self._trainer.sanity_checking else "val")
+
+    def on_test_start(self) -> None:
+        """Checks that processes will call the network equally often."""
+        self._check_batches("test")
+
+    def on_predict_start(self) -> None:
+        """Checks that processes will call the network equally often."""
+        self._check_batches("predict")
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _check_batches(self, kind: str) -> None:
+        """Raises if one process has a batch more than another, which would wait for ever.
+
+        Raises:
+            ValueError: The numbers differ.
+        """
+        count = float(sum(getattr(self._trainer, f"num_{kind}_batches")))
+        least, most = (
+            self.reduce(torch.tensor(count, device=self.root_device), reduce_op=op)
+            for op in ("min", "max")
         )
-
-
-def wrapping(module: Callable[[], LightningModule | None]) -> Callable[..., bool]:
-    """FSDP1's policy: which modules are wrapped one by one.
-
-    Args:
-        module: Gives the module once its network is built.
-    """
-
-    def policy(module_: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        if recurse:
-            return True
-        owner: Any = module()
-        return any(module_ is block for block in blocks(owner.net).values())
-
-    return policy
+        if least != most:
+            raise ValueError(
+                f"under FSDP1 each process needs as many batches to evaluate, not {least:.0f} and "
+                f"{most:.0f}: set another batch size, or take litflora.strategies.FSDP2"
+            )
 
 
 def _whole(value: Any) -> Any:

@@ -22,6 +22,11 @@ def is_gathered_for_calls(layer: nn.Module) -> bool:
     return getattr(layer, "_is_fsdp_managed_module", False)  # torch's own mark, for its compiler
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter without the wrappers that FSDP1 puts around modules."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor on the CPU; of a sharded one only if every process asks for it."""
     gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

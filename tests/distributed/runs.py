@@ -16,10 +16,13 @@ from litflora.adapters.sharded import whole
 from litflora.datamodules import ShapesDataModule
 from litflora.strategies import FSDP2
 
+from .fsdp1 import OnCPU
+
 STRATEGIES = {
     "single": lambda: "auto",
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp2": lambda: FSDP2("gloo"),
+    "fsdp1": OnCPU,
 }
 
 

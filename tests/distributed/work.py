@@ -43,7 +43,7 @@ def module(backbone: str, tuning: str, base: Path, **options: Any) -> Classifica
 
 def everything(base: Path, folder: Path) -> dict[str, Found]:
     """By name of the part."""
-    parts = (memory, steps, files, resumed, variants, evaluated, windows, mistakes, cells)
+    parts = (memory, steps, files, resumed, variants, evaluated, windows, fsdp1, mistakes, cells)
     found = {}
     for part in parts:
         own = folder / part.__name__
@@ -176,6 +176,33 @@ def _noise(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _listed(batch: list[Any]) -> tuple[list[Any], ...]:
     return tuple(map(list, zip(*batch, strict=True)))
+
+
+def fsdp1(base: Path, folder: Path) -> Found:
+    """FSDP1 beside DDP: losses, and how the optimizer groups what trains."""
+    found = {}
+    for tuning, strategy in product(("Full", "FLoRA"), ("ddp", "fsdp1")):
+        made = module("test_vit", tuning, base, layer_decay=0.9)
+        data = runs.shapes(2, steps=3)
+        options: dict[str, Any] = {
+            "keep": False,
+            "callbacks": [watch := _Losses(), AdapterFolder()],
+        }
+        _, trainer = runs.fit(made, strategy, folder / tuning / strategy, data, **options)
+        groups = trainer.optimizers[0].param_groups
+        sizes = [(g["name"], g["weight_decay"], len(g["params"])) for g in groups]
+        found[tuning, strategy] = watch.left.losses, sizes
+    return found
+
+
+class _Losses(runs.Watch):
+    """Losses alone: the parameters are flattened."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves them."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves them."""
 
 
 def mistakes(base: Path, folder: Path) -> Found:

@@ -110,6 +110,7 @@ def build_optimizer(
     head_lr: float | None = None,
     layer_decay: float | None = None,
     factors: Mapping[str, float] | None = None,
+    lr: float | None = None,
 ) -> Optimizer:
     """Builds an optimizer over what trains in ``net``, in groups.
 
@@ -123,6 +124,7 @@ def build_optimizer(
         head_lr: Learning rate of the head, and of adapters in it; None is the optimizer's.
         layer_decay: Ratio of the rates of neighbouring layers; None is 1.
         factors: What the optimizer's rate is multiplied by, for the modules named.
+        lr: Learning rate in place of the factory's.
     """
     scale = _layer_scales(net, layer_decay)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
@@ -146,7 +148,7 @@ def build_optimizer(
     except (ValueError, TypeError) as error:
         raise ValueError(f"the optimizer refuses its settings: {error}") from error
     for (label, factor), group in zip(groups, optimizer.param_groups, strict=True):
-        group["lr"] *= factor
+        group["lr"] = (group["lr"] if lr is None else lr) * factor
         if head_lr is not None and label.startswith("head"):
             group["lr"] = head_lr
     return optimizer

@@ -153,7 +153,7 @@ class TuningModule(LightningModule):
         if loss is not None and not loss.isfinite():
             rank_zero_warn(
                 f"train/loss is {loss.item()} after epoch {self.current_epoch}: stop, and train "
-                "with a lower learning rate (--model.optimizer AdamW --model.optimizer.lr VALUE)"
+                "with a lower learning rate (--model.lr VALUE)"
             )
 
     def train(self, mode: bool = True) -> TuningModule:

@@ -211,6 +211,7 @@ def test_the_promised_recipes_are_there():
     promised |= {f"detection/pennfudan_{net}" for net in ("vit_tiny", "convnext_atto")}
     promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
     promised |= {f"trainer/{kind}" for kind in ("cpu", "gpu", "debug")}
+    promised |= {f"trainer/{kind}_finder" for kind in ("lr", "batch_size")}
     assert promised <= set(RECIPES)
 
 

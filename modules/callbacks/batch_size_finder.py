@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class BatchSizeFinder(callbacks.BatchSizeFinder):
     """Searches the batch size before a fit, which then goes on with it from where it was.
 
-    Lightning doubles the data's ``batch_size`` until memory does not hold a step, a bound is reached, or a
-    batch has the whole training set. The largest that took all steps of its trial is taken, and
-    optimizer and schedule are set up for it. Images per second are printed for each size, and
-    ``batch_size_finder.png`` in the log folder shows them and, on a GPU, the peak of memory. A run
-    that is resumed goes on with the size that was found.
+    Lightning doubles the data's ``batch_size`` until memory does not hold a step, a bound is
+    reached, or a batch has the whole training set. The largest that took all steps of its trial is
+    taken, and optimizer and schedule are set up for it. Images per second are printed for each
+    size, and ``batch_size_finder.png`` in the log folder shows them and, on a GPU, the peak of
+    memory. A run that is resumed goes on with the size that was found.
     """
 
     def __init__(

@@ -27,10 +27,10 @@ FEWEST = 20
 class LearningRateFinder(callbacks.LearningRateFinder):
     """Searches the learning rate before a fit, which then goes on with it from where it was.
 
-    Lightning raises the rate step by step. The groups keep their ratios and ``head_lr`` stays as it is given, as
-    in the fit. The suggestion is the rate at which the smoothed loss falls fastest, over the
-    logarithm of the rate. It is printed and logged, and ``lr_finder.png`` in the log folder shows
-    the search. A run that is resumed has its rate already.
+    Lightning raises the rate step by step. The groups keep their ratios and ``head_lr`` stays as it
+    is given, as in the fit. The suggestion is the rate at which the smoothed loss falls fastest,
+    over the logarithm of the rate. It is printed and logged, and ``lr_finder.png`` in the log
+    folder shows the search. A run that is resumed has its rate already.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class Sweep(Watcher):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Keeps the mean loss of a step's batches, over all ranks; ends a search that diverges."""
-        self._batches.append(float(trainer.strategy.reduce(outputs["loss"], reduce_op="mean")))
+        loss = outputs["loss"] * trainer.accumulate_grad_batches  # by which it has been divided
+        self._batches.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
         if self._rate is None:
             return
-        loss = sum(self._batches) / len(self._batches)
         self.rates.append(self._rate)
-        self.losses.append(loss)
+        self.losses.append(sum(self._batches) / len(self._batches))
         self._rate, self._batches = None, []
-        if not loss <= DIVERGED * min(self.losses):  # nor is NaN
+        if not self.losses[-1] <= DIVERGED * min(self.losses):  # nor is NaN
             trainer.should_stop = True
 
 
@@ -147,8 +147,8 @@ def steepest(rates: Tensor, losses: Tensor) -> int:
     """
     if len(losses) < FEWEST:
         raise ValueError(
-            f"the learning-rate finder has only {len(losses)} of the {FEWEST} points that it needs: the loss diverged "
-            f"at a rate of {rates[-1]:.2g}; lower min_lr"
+            f"the learning-rate finder has only {len(losses)} of the {FEWEST} points it needs: "
+            f"the loss diverged at a rate of {rates[-1]:.2g}; lower min_lr"
         )
     curve = smoothed(losses)
     lowest = int(curve.argmin())

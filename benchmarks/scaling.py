@@ -18,7 +18,7 @@ import torch
 from collectives import RANKS, measure
 from models import MODELS, Model, Vision
 from report import table, write
-from sharding import GLOO, STRATEGIES, Sizes, held, payloads, sent
+from sharding import GLOO, Sizes, held, payloads, sent
 from variants import RANK, VARIANTS
 
 TUNINGS = {"full": "full", "LoRA": "LoRA auto, linear", "FLoRA": "FLoRA auto, all"}
@@ -58,12 +58,11 @@ def rows() -> Iterator[list[str]]:
                 net = VARIANTS[variant](model.build())
             if tuning == "full":  # trained, a half-precision base is kept in float32
                 net.float()
-            sizes = Sizes.of(net)
-            ddp, fsdp = (payloads(sizes, strategy) for strategy in STRATEGIES)
+            sizes, shards = Sizes.of(net), {n: Sizes.of(net, n) for n in MANY}
             cells = [sizes.frozen, sizes.trained, sum(held(sizes, "DDP", 1).values())]
-            cells += [sent(ddp, n) for n in MANY]
-            cells += [sum(held(Sizes.of(net, n), "FSDP2", n).values()) for n in MANY]
-            cells += [sent(fsdp, n) for n in MANY]
+            cells += [sent(payloads(sizes, "DDP"), n) for n in MANY]
+            cells += [sum(held(shards[n], "FSDP2", n).values()) for n in MANY]
+            cells += [sent(payloads(shards[n], "FSDP2"), n) for n in MANY]
             yield [name, tuning, *map(megabytes, cells)]
 
 

@@ -1,5 +1,8 @@
 """The finders: what they find, and that nothing else is left of a search."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +203,13 @@ def test_no_rate_is_told_and_leaves_nothing(name, tmp_path):
 
 def test_a_fit_with_the_finder_is_one_with_the_size_it_found(tmp_path):
     """On a CPU nothing but the bound ends the search."""
-    found = fit(tmp_path / "a", *callback("BatchSizeFinder", max_val=20), "--data.batch_size", "6")
+    whole = ("--trainer.limit_train_batches", "1.0")  # the schedule's length depends on the size
+    finder = callback("BatchSizeFinder", max_val=20)
+    found = fit(tmp_path / "a", *whole, *finder, "--data.batch_size", "6")
     assert found.code == 0, found.err
     assert "batches  of 16; images/s by size: " in found.out
     assert [f"({size})" in found.out for size in (2, 4, 8, 16, 32)] == 4 * [True] + [False]
-    plain = fit(tmp_path / "b")
+    plain = fit(tmp_path / "b", *whole)
     assert plain.code == 0, plain.err
     assert_same(left(run_of(tmp_path / "a")), left(run_of(tmp_path / "b")))
     files = files_below(tmp_path / "a") - files_below(tmp_path / "b")
@@ -308,3 +313,21 @@ def test_a_resumed_run_goes_on_with_what_was_found(tmp_path):
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_find_one_rate(tmp_path):
+    """It is that of their mean loss, and both train with it."""
+    options = ["--config", "quickstart", *SMALL, *callback("LearningRateFinder", min_lr=1e-5)]
+    several = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    runs = ["--trainer.default_root_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "litflora", "fit", *options, *several, *runs]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    (rate,) = re.findall(r"--model.lr (\S+)", found.stdout)
+    folder = tmp_path / "quickstart" / "version_0"
+    told = read_config(folder / "adapter")["metadata"]["model"]["init_args"]["lr"]
+    assert told == float(rate)
+    (saved,) = (folder / "checkpoints").glob("*.ckpt")
+    (optimizer,) = torch.load(saved, weights_only=True)["optimizer_states"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {told}
+    assert not list(tmp_path.rglob(".lr_find*"))

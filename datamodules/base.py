@@ -128,7 +128,6 @@ class TuningDataModule(LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         at_least = {
-            "batch_size": (batch_size, 1),
             "num_workers": (num_workers, 0),
             "seed": (seed, 0),
         }
@@ -139,6 +138,16 @@ class TuningDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.datasets: dict[str, Any] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch of one process; loaders made afterwards follow it."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        check_at_least("batch_size", value, 1)
+        self._batch_size = value
 
     @property
     def num_classes(self) -> int:

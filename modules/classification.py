@@ -66,6 +66,7 @@ class ClassificationModule(ClassesModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
@@ -90,6 +91,7 @@ class ClassificationModule(ClassesModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             label_smoothing: Share of each label that is spread over all classes.
@@ -111,6 +113,7 @@ class ClassificationModule(ClassesModule):
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            lr=lr,
             head_lr=head_lr,
             layer_decay=layer_decay,
             activation_checkpointing=activation_checkpointing,

@@ -92,6 +92,7 @@ class TuningModule(LightningModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         activation_checkpointing: str = "none",
@@ -107,6 +108,7 @@ class TuningModule(LightningModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
@@ -115,8 +117,9 @@ class TuningModule(LightningModule):
                 float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__()
-        if head_lr is not None and head_lr < 0:
-            raise ValueError(f"head_lr must be 0 or more, not {head_lr}")
+        for name, rate in {"lr": lr, "head_lr": head_lr}.items():
+            if rate is not None and rate < 0:
+                raise ValueError(f"{name} must be 0 or more, not {rate}")
         if layer_decay is not None and not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay}")
         check_checkpointing(activation_checkpointing)
@@ -125,6 +128,7 @@ class TuningModule(LightningModule):
         self.adapter = adapter
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
+        self.lr = lr
         self.head_lr = head_lr
         self.layer_decay = layer_decay
         self.activation_checkpointing = activation_checkpointing
@@ -226,7 +230,7 @@ class TuningModule(LightningModule):
         if loss is not None and not loss.isfinite():
             rank_zero_warn(
                 f"train/loss is {loss.item()} after epoch {self.current_epoch}: stop, and train "
-                "with a lower learning rate (--model.optimizer AdamW --model.optimizer.lr VALUE)"
+                "with a lower learning rate (--model.lr VALUE)"
             )
 
     def train(self, mode: bool = True) -> TuningModule:
@@ -249,6 +253,7 @@ class TuningModule(LightningModule):
             self.head_lr,
             self.layer_decay,
             None if self.optimizer_factory else factors,
+            self.lr,
             self._matrices,
         )
         if self.scheduler_factory is None:

@@ -111,6 +111,7 @@ def build_optimizer(
     head_lr: float | None = None,
     layer_decay: float | None = None,
     factors: Mapping[str, float] | None = None,
+    lr: float | None = None,
     matrices: Collection[str] = (),
 ) -> Optimizer:
     """Builds an optimizer over what trains in ``net``, in groups.
@@ -125,6 +126,7 @@ def build_optimizer(
         head_lr: Learning rate of the head, and of adapters in it; None is the optimizer's.
         layer_decay: Ratio of the rates of neighbouring layers; None is 1.
         factors: What the optimizer's rate is multiplied by, for the modules named.
+        lr: Learning rate in place of the factory's.
         matrices: Names of parameters that have two dimensions or more, also where they are
             flattened now, as by FSDP1.
     """
@@ -152,7 +154,7 @@ def build_optimizer(
     except (ValueError, TypeError) as error:
         raise ValueError(f"the optimizer refuses its settings: {error}") from error
     for (label, factor), group in zip(groups, optimizer.param_groups, strict=True):
-        group["lr"] *= factor
+        group["lr"] = (group["lr"] if lr is None else lr) * factor
         if head_lr is not None and label.startswith("head"):
             group["lr"] = head_lr
     return optimizer

@@ -58,6 +58,7 @@ class SegmentationModule(DenseModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         drop_path: float = 0.0,
@@ -90,6 +91,7 @@ class SegmentationModule(DenseModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of neck and head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             drop_path: Probability that the last block of the backbone is left out in training;
@@ -109,6 +111,7 @@ class SegmentationModule(DenseModule):
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            lr=lr,
             head_lr=head_lr,
             layer_decay=layer_decay,
             activation_checkpointing=activation_checkpointing,

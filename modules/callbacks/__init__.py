@@ -1,11 +1,13 @@
 """Lightning callbacks: what a run leaves behind, and how it shows its progress."""
 
 from .adapter_folder import AdapterFolder
+from .batch_size_finder import BatchSizeFinder
 from .class_table import ClassTable
 from .confusion import ConfusionMatrix
 from .detections import DetectionWriter
 from .ema import EMA
 from .gallery import Gallery
+from .lr_finder import LearningRateFinder
 from .masks import MaskWriter
 from .opening import Opening
 from .predictions import PredictionWriter
@@ -14,10 +16,12 @@ from .progress import RateProgressBar
 __all__ = [
     "EMA",
     "AdapterFolder",
+    "BatchSizeFinder",
     "ClassTable",
     "ConfusionMatrix",
     "DetectionWriter",
     "Gallery",
+    "LearningRateFinder",
     "MaskWriter",
     "Opening",
     "PredictionWriter",

@@ -29,8 +29,8 @@ class LearningRateFinder(callbacks.LearningRateFinder):
 
     Lightning raises the rate step by step. The groups keep their ratios and ``head_lr`` stays as it
     is given, as in the fit. The suggestion is the rate at which the smoothed loss falls fastest,
-    over the logarithm of the rate. It is printed and logged, and ``lr_finder.png`` in the log
-    folder shows the search. A run that is resumed has its rate already.
+    over the logarithm of the rate, once it falls for good. It is printed and logged, and
+    ``lr_finder.png`` in the log folder shows the search. A resumed run has its rate already.
     """
 
     def __init__(
@@ -151,15 +151,18 @@ def steepest(rates: Tensor, losses: Tensor) -> int:
             f"the loss diverged at a rate of {rates[-1]:.2g}; lower min_lr"
         )
     curve = smoothed(losses)
-    lowest = int(curve.argmin())
-    noise = float((losses - curve)[: lowest + 1].std()) if lowest else float("inf")
-    if not curve[0] - curve[lowest] > 2 * noise / smoothing(losses) ** 0.5:
+    quarter, lowest = len(curve) // 4, int(curve.argmin())
+    fall = curve[:quarter].mean() - curve[lowest]  # from the loss at rates too small to matter
+    noise = (losses - curve)[: max(lowest, quarter)].std() / smoothing(losses) ** 0.5
+    if lowest < quarter or not fall > 3 * noise:
         raise ValueError(
             f"the learning-rate finder saw no fall of the loss between {rates[0]:.2g} and "
-            f"{rates[-1]:.2g}: raise max_lr or num_training_steps"
+            f"{rates[-1]:.2g}: widen min_lr and max_lr, or raise num_training_steps"
         )
-    slopes = torch.gradient(curve[: lowest + 1], spacing=(rates[: lowest + 1].log(),))[0]
-    return int(slopes.argmin())
+    high = curve[: lowest + 1] > curve[lowest] + 3 / 4 * fall
+    begin = int(high.nonzero()[-1])  # before, what falls comes back: it is noise
+    part = slice(begin, lowest + 1)
+    return begin + int(torch.gradient(curve[part], spacing=(rates[part].log(),))[0].argmin())
 
 
 def smoothing(losses: Tensor) -> int:

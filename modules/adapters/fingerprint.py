@@ -65,7 +65,7 @@ def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
 def _digest(tensor: Tensor) -> str:
     values = whole(tensor).contiguous()
     content = hashlib.sha256(repr(tuple(values.shape)).encode())
-    content.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+    content.update(values.reshape(-1).view(torch.uint8).numpy().data)
     kind = str(values.dtype).removeprefix("torch.")
     return f"{kind} {_projection(values):.4f} {content.hexdigest()[:8]}"
 

@@ -13,12 +13,25 @@ from threading import get_ident
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write to, which becomes ``path`` if nothing is raised.
 
-    Folders on the way to it are made.
+    What was written is on the disk before it takes the name: after a loss of power, too, the file
+    is the old one or the new one. Folders on the way to it are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}{path.suffix}")
     try:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and keeps renames itself
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,7 @@
 """Lightning callbacks: what a run leaves behind, and how it shows its progress."""
 
 from .adapter_folder import AdapterFolder
+from .checkpoints import BestCheckpoint, LastCheckpoint
 from .class_table import ClassTable
 from .confusion import ConfusionMatrix
 from .detections import DetectionWriter
@@ -14,10 +15,12 @@ from .progress import RateProgressBar
 __all__ = [
     "EMA",
     "AdapterFolder",
+    "BestCheckpoint",
     "ClassTable",
     "ConfusionMatrix",
     "DetectionWriter",
     "Gallery",
+    "LastCheckpoint",
     "MaskWriter",
     "Opening",
     "PredictionWriter",

@@ -36,7 +36,9 @@ class Album(LastCheckpoint):
         folder, epochs = Path(trainer.default_root_dir), trainer.fit_loop.epoch_progress.current
         moment = "epoch" if epochs.processed == epochs.started else "step"
         number = len(list(folder.glob("*.ckpt")))
-        shutil.copy(self.last_model_path, folder / f"{number:02} {moment} {trainer.global_step}.ckpt")
+        shutil.copy(
+            self.last_model_path, folder / f"{number:02} {moment} {trainer.global_step}.ckpt"
+        )
 
 
 class Rows(CSVLogger):
@@ -51,7 +53,9 @@ class Rows(CSVLogger):
 
 
 def plateau(optimizer):
-    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, patience=0, factor=0.5, threshold=10.0
+    )
 
 
 def run(base, folder, ckpt_path=None, workers=0, ema=False, scheduler=None, **options):
@@ -59,9 +63,16 @@ def run(base, folder, ckpt_path=None, workers=0, ema=False, scheduler=None, **op
     torch.manual_seed(5)
     chosen = {"lr_scheduler": scheduler} if scheduler else {}
     made = module(
-        base, tuning=FLoRA(rank=2, dropout=0.2), mixup=0.3, num_classes=len(KINDS), class_names=list(KINDS), **chosen
+        base,
+        tuning=FLoRA(rank=2, dropout=0.2),
+        mixup=0.3,
+        num_classes=len(KINDS),
+        class_names=list(KINDS),
+        **chosen,
     )
-    data = ShapesDataModule(train_samples=22, val_samples=4, img_size=32, batch_size=4, num_workers=workers)
+    data = ShapesDataModule(
+        train_samples=22, val_samples=4, img_size=32, batch_size=4, num_workers=workers
+    )
     callbacks = [*([EMA(0.6)] if ema else []), BestCheckpoint(), Album(every_n_steps=1)]
     logger = Rows(folder)
     settings = {
@@ -87,7 +98,9 @@ def state(fit, made):
     found["lr"] = torch.tensor([group["lr"] for group in optimizer["param_groups"]])
     found["step"] = torch.tensor([fit.global_step, fit.current_epoch])
     for config in fit.lr_scheduler_configs:
-        plain = {k: v for k, v in config.scheduler.state_dict().items() if isinstance(v, int | float)}
+        plain = {
+            k: v for k, v in config.scheduler.state_dict().items() if isinstance(v, int | float)
+        }
         found |= {f"schedule.{name}": torch.tensor(float(value)) for name, value in plain.items()}
     return found
 
@@ -120,7 +133,15 @@ def test_goes_on_from_any_moment(base, tmp_path, name):
         different = [key for key, value in found.items() if not torch.equal(value, expected[key])]
         tail = rows[len(rows) - len(later) :] if later else []
         if different or later != tail:
-            bad.append((checkpoint.name, len(different), different[:2], [r[0] for r in later], [r[0] for r in tail]))
+            bad.append(
+                (
+                    checkpoint.name,
+                    len(different),
+                    different[:2],
+                    [r[0] for r in later],
+                    [r[0] for r in tail],
+                )
+            )
     for each in bad:
         print(each)
     assert not bad

@@ -7,7 +7,9 @@ from .confusion import ConfusionMatrix
 from .detections import DetectionWriter
 from .ema import EMA
 from .gallery import Gallery
+from .interruption import Interruption
 from .masks import MaskWriter
+from .nonfinite import NonFinite
 from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
@@ -20,8 +22,10 @@ __all__ = [
     "ConfusionMatrix",
     "DetectionWriter",
     "Gallery",
+    "Interruption",
     "LastCheckpoint",
     "MaskWriter",
+    "NonFinite",
     "Opening",
     "PredictionWriter",
     "RateProgressBar",

@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..adapters import save
+from ..adapters.replacing import replacing
 from ._files import log_dir
+from .checkpoints import BestCheckpoint
 
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
     from ..module import TuningModule
@@ -20,9 +22,10 @@ if TYPE_CHECKING:  # a task imports its callbacks, not they the task
 class AdapterFolder(Callback):
     """Saves the tuned weights to ``<log folder>/adapter`` at the end of a fit.
 
-    The folder holds the last weights or, where a ModelCheckpoint monitors a metric, the best. It
-    says how to rebuild model and data, so that ``litflora test --adapter FOLDER`` needs no more.
-    An existing folder is left alone: the new one is then ``adapter-v1`` and so on.
+    The folder holds the last weights or, where a ModelCheckpoint of one's own monitors a metric,
+    the best; the `BestCheckpoint` of all the command line's runs does not count. It says how to
+    rebuild model and data, so that ``litflora test --adapter FOLDER`` needs no more. An existing
+    folder is left alone: the new one is then ``adapter-v1`` and so on.
 
     So that the gain can be told, the whole validation set is evaluated before training, in the
     place of Lightning's sanity check; ``num_sanity_val_steps: 0`` leaves it out.
@@ -58,37 +61,22 @@ class AdapterFolder(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
-        if best is None:
-            save(pl_module.net, folder, metadata=metadata)
-            name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
-        else:
-            _save_best(pl_module, best.best_model_path, folder, metadata)
-            name, after = best.monitor, float(best.best_model_score)
+        with replacing(folder) as temporary:  # a folder of the name is a whole adapter
+            if best is None:
+                save(pl_module.net, temporary, metadata=metadata)
+                name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
+            else:
+                _save_best(pl_module, best.best_model_path, temporary, metadata)
+                name, after = best.monitor, float(best.best_model_score)
         gain = (name, self.before.get(name), after)
         weights = "last" if best is None else "best"
         self.message = _message(folder, weights, gain, metadata.get("data"))
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Says how to go on with a run that was interrupted."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.training:
-            print(_interrupted(trainer), flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
         if self.message:
             print(self.message)
         self.message = ""
-
-
-def _interrupted(trainer: Trainer) -> str:
-    run = log_dir(trainer)
-    left = sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not left:
-        return "\ninterrupted before the first checkpoint: nothing is saved"
-    config, checkpoint = shlex.quote(str(run / "config.yaml")), shlex.quote(str(left[-1]))
-    return f"\ninterrupted; go on with\n    litflora fit --config {config} --ckpt_path {checkpoint}"
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
@@ -105,7 +93,8 @@ def _fresh(folder: Path) -> Path:
 
 def _best(trainer: Trainer) -> ModelCheckpoint | None:
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+        chosen = isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint)
+        if chosen and callback.best_model_score is not None:
             return callback
     return None
 

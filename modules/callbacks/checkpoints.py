@@ -105,9 +105,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Saves if the data failed between two batches: the state is whole, and others hang on none.
+        """Saves if this only process failed between two batches, as it does when data do.
 
-        An interruption says itself what is saved.
+        An interruption has saved, or is not to.
         """
         if isinstance(exception, Exception) and trainer.world_size == 1 and _between(trainer):
             self.save(trainer)
@@ -150,7 +150,9 @@ def _between(trainer: Trainer) -> bool:
 
 def _check_own(callback: ModelCheckpoint, trainer: Trainer) -> None:
     path = Path(callback.format_checkpoint_name({}))
-    resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == path.resolve().parent
+    resumed = (
+        trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == path.resolve().parent
+    )
     mine = str(path) in (callback.last_model_path, callback.best_model_path)
     if path.is_file() and not (resumed or mine or trainer.fast_dev_run):
         raise FileExistsError(

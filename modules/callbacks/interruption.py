@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -37,6 +38,7 @@ class Interruption(Callback):
         self._received = 0
         self._agreed = 0
         self._previous: dict[int, Any] = {}
+        self._run: Path | None = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals, as soon as Lightning has."""
@@ -44,6 +46,7 @@ class Interruption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals where there was no validation before."""
+        self._run = log_dir(trainer)  # which all processes must ask for together
         self._install()
 
     def on_train_batch_end(
@@ -83,7 +86,7 @@ class Interruption(Callback):
         self._restore()
         stopped = isinstance(exception, Interrupted | KeyboardInterrupt)
         if stopped and trainer.is_global_zero and trainer.state.fn == "fit":
-            print(_how_to_go_on(trainer), flush=True)
+            print(self._how_to_go_on(trainer), flush=True)
 
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread() or self._previous:
@@ -104,14 +107,13 @@ class Interruption(Callback):
     def _stop(self, trainer: Trainer) -> NoReturn:
         raise Interrupted(128 + self._agreed if trainer.is_global_zero else 0)
 
+    def _how_to_go_on(self, trainer: Trainer) -> str:
+        saved = [each.last_model_path for each in _last(trainer) if each.last_model_path]
+        if not saved:
+            return "\ninterrupted before the first checkpoint: nothing is saved"
+        run = shlex.quote(str(self._run))
+        return f"\ninterrupted; {saved[0]} is saved, go on with\n    litflora fit --resume {run}"
+
 
 def _last(trainer: Trainer) -> list[LastCheckpoint]:
     return [each for each in trainer.checkpoint_callbacks if isinstance(each, LastCheckpoint)]
-
-
-def _how_to_go_on(trainer: Trainer) -> str:
-    saved = [each.last_model_path for each in _last(trainer) if each.last_model_path]
-    if not saved:
-        return "\ninterrupted before the first checkpoint: nothing is saved"
-    run = shlex.quote(str(log_dir(trainer)))
-    return f"\ninterrupted; {saved[0]} is saved, go on with\n    litflora fit --resume {run}"

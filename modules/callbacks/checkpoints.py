@@ -57,8 +57,8 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/last.ckpt``, the newest state that the run can go on from bit for bit.
 
     It is written after each epoch and each validation, every so many steps where that is asked
-    for, and when loading data fails. Stand it last among the callbacks, for the state of the others
-    to be in it.
+    for, and when a process that loads data is killed. It goes after the other callbacks, so that
+    their state is in it.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -105,11 +105,13 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Saves if this only process failed between two batches, as it does when data do.
+        """Saves if data stop coming between two batches, as when their process is killed.
 
-        An interruption has saved, or is not to.
+        Data that are wrong raise errors of other types: nothing is saved for a mistake. Of several
+        processes the others are still at work, and none can save alone.
         """
-        if isinstance(exception, Exception) and trainer.world_size == 1 and _between(trainer):
+        alone = trainer.world_size == 1
+        if isinstance(exception, RuntimeError) and alone and _between(trainer):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

@@ -230,6 +230,8 @@ class LitFloraCLI(LightningCLI):
 def run(command: str, args: list[str]) -> None:
     """Runs fit, validate, test or predict."""
     _quieten()
+    if command != "fit":  # only a fit goes on with the callbacks of a checkpoint
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
     LitFloraCLI(command, args)
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import random
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonargparse
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
@@ -27,7 +25,7 @@ from .backbones import normalization, with_targets
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
-from .resuming import mend_epoch_end
+from .resuming import mend_epoch_end, seed_batch, step_watching_schedules
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -159,11 +157,7 @@ class TuningModule(LightningModule):
 
         Says it when the loss is none: the weights have gone with it, and no step mends them.
         """
-        for config in self.trainer.lr_scheduler_configs:
-            metric = self.trainer.callback_metrics.get(config.monitor)
-            due = (self.current_epoch + 1) % config.frequency == 0
-            if config.reduce_on_plateau and due and metric is not None:
-                config.scheduler.step(metric)
+        step_watching_schedules(self.trainer)
         loss = self.trainer.callback_metrics.get("train/loss")
         if loss is not None and not loss.isfinite():
             rank_zero_warn(
@@ -214,11 +208,7 @@ class TuningModule(LightningModule):
         two batches, as a validation does, need not be drawn again.
         """
         assert self._seed is not None
-        place = (self._seed, self.current_epoch, batch_idx, self.global_rank)
-        seed = hash(place)  # of whole numbers: the same in every process
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_batch(self._seed, self.current_epoch, batch_idx, self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the frozen base, which is read again from its file."""

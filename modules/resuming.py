@@ -1,8 +1,30 @@
-"""What Lightning's loops need to go on from the end of an epoch."""
+"""What a run needs, besides its checkpoint, to go on bit for bit."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+
+
+def seed_batch(*place: int) -> None:
+    """Seeds torch, numpy and ``random`` by the place of a batch in a run."""
+    seed = hash(place)  # of whole numbers: the same in every process
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def step_watching_schedules(trainer: Trainer) -> None:
+    """Steps the schedules that watch a metric, as an epoch ends."""
+    for config in trainer.lr_scheduler_configs:
+        metric = trainer.callback_metrics.get(config.monitor)
+        due = (trainer.current_epoch + 1) % config.frequency == 0
+        if config.reduce_on_plateau and due and metric is not None:
+            config.scheduler.step(metric)
 
 
 def mend_epoch_end(loop: dict[str, Any]) -> None:

@@ -31,14 +31,18 @@ class Interruption(Callback):
     takes that of another for a crash, and kills the rest.
 
     The handlers only note the signal. Lightning's own handler of SIGTERM talks to the other
-    processes, wherever they are, and may wait for them for ever.
+    processes, wherever they are, and may wait for them for ever. At the end of a fit Lightning
+    gives the signals back to whoever had them.
     """
 
     def __init__(self) -> None:
         self._received = 0
         self._agreed = 0
-        self._previous: dict[int, Any] = {}
         self._run: Path | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the signals of an earlier fit."""
+        self._received = self._agreed = 0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals, as soon as Lightning has."""
@@ -75,29 +79,18 @@ class Interruption(Callback):
         if self._agreed:
             self._stop(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back."""
-        self._restore()
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Says how to go on."""
-        self._restore()
         stopped = isinstance(exception, Interrupted | KeyboardInterrupt)
         if stopped and trainer.is_global_zero and trainer.state.fn == "fit":
             print(self._how_to_go_on(trainer), flush=True)
 
     def _install(self) -> None:
-        if threading.current_thread() is not threading.main_thread() or self._previous:
-            return
-        self._received = self._agreed = 0
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received:

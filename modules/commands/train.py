@@ -17,14 +17,13 @@ from typing import Any, ClassVar
 import yaml
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins import CheckpointIO
 
 from .. import classification, datamodules, segmentation
 from ..module import TuningModule
-from . import recipes, resume
+from . import guards, recipes, resume
 from .mistakes import explain
 
 # jsonargparse knows a class by its short name once it has been imported.
@@ -191,7 +190,7 @@ class LitFloraCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = default_callbacks(config, self.command)
         if self.resumed is not None:  # the config of the first start is kept
             self.save_config_callback = None
-        return super().instantiate_trainer(**{"plugins": default_plugins(config), **kwargs})
+        return super().instantiate_trainer(**{"plugins": guards.plugins(config), **kwargs})
 
     @property
     def resumed(self) -> Path | None:
@@ -302,33 +301,8 @@ def default_callbacks(trainer: Any, command: str | None = None) -> list[Callback
         found.append(callbacks.RateProgressBar())  # first, so that it is gone when others print
     found += [callbacks.Opening(), callbacks.AdapterFolder()]
     if command == "fit":
-        found += [callbacks.NonFinite(), callbacks.Interruption(), *default_checkpoints(trainer)]
+        found += guards.callbacks(trainer)
     return found
-
-
-def default_checkpoints(trainer: Any) -> list[Callback]:
-    """The best state, unless the recipe keeps its own, and the last; none if none are wanted."""
-    from ..callbacks import BestCheckpoint, LastCheckpoint
-
-    if trainer.enable_checkpointing is False or trainer.barebones:
-        return []
-    theirs = trainer.callbacks or []
-    last = [each for each in theirs if isinstance(each, LastCheckpoint)] or [LastCheckpoint()]
-    others = [each for each in theirs if each not in last]
-    if theirs:
-        trainer.callbacks = others
-    kept = any(isinstance(each, ModelCheckpoint) for each in others)
-    return [*([] if kept else [BestCheckpoint()]), *last]  # the last knows of the best
-
-
-def default_plugins(trainer: Any) -> list[Any]:
-    """The recipe's plugins, and checkpoints that are whole or not there."""
-    from ..checkpoint_io import AtomicCheckpointIO
-
-    theirs = trainer.plugins or []
-    theirs = theirs if isinstance(theirs, list) else [theirs]
-    kept = any(isinstance(each, CheckpointIO) for each in theirs)
-    return [*theirs, *([] if kept else [AtomicCheckpointIO()])]
 
 
 def last_checkpoint(trainer: Trainer) -> str:

@@ -9,7 +9,7 @@ from tiny import Colours, module, save_base, trainer
 from litflora.adapters.replacing import replacing
 from litflora.callbacks import BestCheckpoint, LastCheckpoint
 from litflora.checkpoint_io import AtomicCheckpointIO
-from litflora.commands.train import default_checkpoints
+from litflora.commands.guards import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 
@@ -100,14 +100,14 @@ class Config:
 
 def test_a_recipe_keeps_its_own():
     kinds = lambda found: [type(each) for each in found]  # noqa: E731
-    assert kinds(default_checkpoints(Config())) == [BestCheckpoint, LastCheckpoint]
+    assert kinds(checkpoints(Config())) == [BestCheckpoint, LastCheckpoint]
     own, often = ModelCheckpoint(monitor="val/acc"), LastCheckpoint(every_n_steps=5)
-    assert kinds(default_checkpoints(Config(own))) == [LastCheckpoint]
+    assert kinds(checkpoints(Config(own))) == [LastCheckpoint]
     config = Config(often)
-    assert default_checkpoints(config)[1] is often  # after the best, which it is to know
+    assert checkpoints(config)[1] is often  # after the best, which it is to know
     assert config.callbacks == []
     config.enable_checkpointing = False
-    assert default_checkpoints(config) == []
+    assert checkpoints(config) == []
 
 
 def test_a_save_that_fails_leaves_the_file_of_before(tmp_path):

@@ -77,7 +77,7 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 
 def kill_after(process: subprocess.Popen[bytes], run: Path, seconds: float) -> str:
     """Kills a run some time after it has begun to write its folder."""
-    _wait_for(process, lambda: (run / "config.yaml").is_file())
+    wait_for(process, lambda: (run / "config.yaml").is_file())
     time.sleep(seconds)
     return _kill(process, run)
 
@@ -94,11 +94,12 @@ def kill_while_saving(process: subprocess.Popen[bytes], run: Path, number: int) 
         return writing.before and len(seen) >= number
 
     writing.before = False
-    _wait_for(process, writing)
+    wait_for(process, writing)
     return _kill(process, run)
 
 
-def _wait_for(process: subprocess.Popen[bytes], condition: Any) -> None:
+def wait_for(process: subprocess.Popen[bytes], condition: Any) -> None:
+    """Waits until something holds, or the process has ended."""
     while not condition() and process.poll() is None:
         time.sleep(0.0005)  # a checkpoint is written within a few milliseconds
 
@@ -150,7 +151,7 @@ def main(args: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch, "whole")
         process = start(arguments(whole, options.devices), whole / "said.txt")
-        _wait_for(process, lambda: (whole / RUN / "config.yaml").is_file())
+        wait_for(process, lambda: (whole / RUN / "config.yaml").is_file())
         began = time.monotonic()
         finish(process, whole / "said.txt")
         length = time.monotonic() - began

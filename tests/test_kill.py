@@ -27,3 +27,16 @@ def test_killed_twice_and_resumed(tmp_path):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_killed_at_twenty_moments(devices):
     assert kill.main(["--devices", str(devices)]) == 0
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_first_of_two_processes(tmp_path):
+    """Lightning's own handler would wait for the second within the signal."""
+    run, log = tmp_path / kill.RUN, tmp_path / "said.txt"
+    process = kill.start(kill.arguments(tmp_path, devices=2), log)
+    kill.wait_for(process, lambda: (run / "checkpoints" / "last.ckpt").is_file())
+    process.terminate()
+    assert process.wait(timeout=120) == 143, log.read_text()
+    assert f"litflora fit --resume {run}" in log.read_text()
+    kill.finish(kill.start(["fit", "--resume", str(run)], log), log)
+    assert kill.is_finished(run)

@@ -26,9 +26,14 @@ class BestCheckpoint(ModelCheckpoint):
         self.mode = "min" if self.monitor.endswith("loss") else "max"
         super().setup(trainer, pl_module, stage)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses the folder of another run before anything takes long."""
+        _check_own(self, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses the folder of another run."""
         _check_own(self, trainer)
+        super().on_train_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves if it is better, as long as the metric is there at all."""
@@ -77,9 +82,14 @@ class LastCheckpoint(ModelCheckpoint):
         """One name, however often it saves: a resumed run may be told another rhythm."""
         return type(self).__qualname__
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses the folder of another run before anything takes long."""
+        _check_own(self, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses the folder of another run."""
         _check_own(self, trainer)
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from argparse import SUPPRESS, Action
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from .. import classification, datamodules, segmentation
+from ..adapters.replacing import replacing
 from ..module import TuningModule
 from . import guards, recipes, resume
 from .mistakes import explain
@@ -128,10 +129,16 @@ class SaveConfig(SaveConfigCallback):
     folder: ClassVar[Path | None] = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves once, and never over another run's config."""
-        if own_folder(trainer) is not None:
+        """Saves once, whole, and never over another run's config."""
+        folder = own_folder(trainer)
+        if folder is None:
+            return
+        path = folder / "config.yaml"
+        mine = trainer.is_global_zero and not path.exists()
+        with replacing(path) if mine else nullcontext(path) as file:
+            self.config_filename = file.name
             super().setup(trainer, pl_module, stage)
-            SaveConfig.folder = own_folder(trainer)
+        SaveConfig.folder = folder
 
 
 class LitFloraCLI(LightningCLI):

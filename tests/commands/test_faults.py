@@ -94,6 +94,27 @@ def test_a_killed_data_worker_is_told_and_the_state_saved(here, monkeypatch):
     assert "goes on after step 10" in resumed.out
 
 
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGINT], 130)],
+    ids=["SIGTERM", "Ctrl-C", "Ctrl-C twice"],
+)
+def test_exit_codes_of_signals(here, monkeypatch, signals, code):
+    plain = ClassificationModule.training_step
+
+    def step(self, batch, batch_idx):
+        for number in signals if self.trainer.global_step == 7 else ():
+            os.kill(os.getpid(), number)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationModule, "training_step", step)
+    ran = fit("runs")
+    assert ran.code == code
+    assert "litflora fit --resume runs/quickstart/version_0" in ran.out
+    last = read_checkpoint(str(Path("runs") / RUN / "checkpoints" / "last.ckpt"))
+    assert last["global_step"] == (8 if len(signals) == 1 else 6)  # twice: that of the epoch's end
+
+
 @pytest.mark.filterwarnings("ignore:step .* was skipped")
 def test_steps_of_no_numbers_end_the_run_and_keep_the_batch(here, monkeypatch):
     plain = ClassificationModule.training_step

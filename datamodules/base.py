@@ -12,6 +12,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from .samplers import EpochSampler, KeySampler, ResumableLoader
 from .splits import few_shot
 
 Sample = tuple[Any, int, str]
@@ -81,18 +82,6 @@ class Samples(SeededDataset):
             labels=[self.labels[i] for i in indices],
             names=[self.names[i] for i in indices],
         )
-
-
-class EpochSampler(DistributedSampler[int]):
-    """Shuffles by seed and epoch and hands out the keys of a `SeededDataset`.
-
-    Lightning leaves a DistributedSampler as it is and tells it the epoch, also after a resume. A
-    training loop of your own does so with `loader.sampler.set_epoch(epoch)`.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # ours have a length
-        return (start + index for index in super().__iter__())
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
@@ -228,14 +217,15 @@ class TuningDataModule(LightningDataModule):
                 f"one: set trainer.devices to {count} or less"
             )
 
-    def _sampler(self, options: dict[str, Any]) -> DistributedSampler[int]:
+    def _sampler(self, options: dict[str, Any]) -> KeySampler:
         return EpochSampler(self.datasets["train"], **options)
 
     def _loader(
         self, name: str, batch_size: int, sampler: DistributedSampler[int]
     ) -> DataLoader[Any]:
         workers = min(self.num_workers, os.cpu_count() or 1)  # more would only wait for each other
-        return DataLoader(
+        kind = ResumableLoader if isinstance(sampler, KeySampler) else DataLoader
+        return kind(
             self.datasets[name],
             batch_size=batch_size,
             sampler=sampler,

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
-from torch.utils.data import DistributedSampler
 
 from .base import check_at_least
 from .dense import DenseDataModule, DenseSamples, Pairs
 from .images import check_splitting, images_to_predict
-from .samplers import RepeatFactorSampler, repeat_factors
+from .samplers import KeySampler, RepeatFactorSampler, repeat_factors
 from .splits import hold_out
 
 
@@ -150,7 +149,7 @@ class DenseFilesDataModule(DenseDataModule):
             splits |= {"train": [train[i] for i in kept], "val": [train[i] for i in held]}
         return {"test": splits["val"], **splits}
 
-    def _sampler(self, options: dict[str, Any]) -> DistributedSampler[int]:
+    def _sampler(self, options: dict[str, Any]) -> KeySampler:
         if not self.class_balanced:
             return super()._sampler(options)
         return RepeatFactorSampler(self._repeats, **options)

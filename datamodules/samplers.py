@@ -1,11 +1,79 @@
-"""Samplers that show some images more often than others."""
+"""Samplers of training, which can begin in the middle of an epoch, and the loader that uses it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+class KeySampler(DistributedSampler[int]):
+    """Hands out the keys of an epoch, by seed and epoch alone.
+
+    Lightning leaves a DistributedSampler as it is and tells it the epoch, also after a resume. A
+    training loop of your own does so with `loader.sampler.set_epoch(epoch)`.
+
+    Attributes:
+        start: How many keys the next pass, and that one alone, leaves out.
+    """
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        start, self.start = self.start, 0
+        return islice(self.keys(), start, None)
+
+    def keys(self) -> Iterable[int]:
+        """This process's keys of the epoch, in order."""
+        raise NotImplementedError
+
+    def positions(self) -> Iterator[int]:
+        """This process's share of the epoch's positions, shuffled."""
+        return super().__iter__()
+
+
+class EpochSampler(KeySampler):
+    """Shuffles by seed and epoch and hands out the keys of a `SeededDataset`."""
+
+    def keys(self) -> Iterable[int]:
+        """Each sample once."""
+        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # ours have a length
+        return (start + index for index in self.positions())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader over a `KeySampler` that goes on in the middle of an epoch.
+
+    Lightning keeps its state in checkpoints. What has been given out before is not loaded again.
+    """
+
+    _given = 0
+    _loaded = (0, 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator begins at the first batch that is asked for. Lightning asks for the iterator
+        # of a resumed run before it tells the sampler the epoch, and workers would load at once.
+        (epoch, batches), self._loaded = self._loaded, (0, 0)
+        self._given = batches if epoch == self._epoch else 0
+        self.sampler.start = self._given * self.batch_size
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches have been given out."""
+        return {"epoch": self._epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next pass begin where the state was taken, if it is one through that epoch."""
+        self._loaded = (state["epoch"], state["batches"])
+
+    @property
+    def _epoch(self) -> int:
+        # Lightning's overfit_batches puts a sampler without epochs in the place of ours.
+        return getattr(self.sampler, "epoch", 0)
 
 
 def repeat_factors(present: NDArray[np.bool_], threshold: float) -> NDArray[np.float64]:
@@ -26,7 +94,7 @@ def repeat_factors(present: NDArray[np.bool_], threshold: float) -> NDArray[np.f
     return np.where(present, wanted, 1).max(1)
 
 
-class RepeatFactorSampler(DistributedSampler[int]):
+class RepeatFactorSampler(KeySampler):
     """Draws each sample about as often as its factor says, and hands out keys of the epoch.
 
     An epoch has round(sum of factors) samples, always. A sample of factor 2.3 comes two or three
@@ -41,11 +109,12 @@ class RepeatFactorSampler(DistributedSampler[int]):
         super().__init__(range(round(factors.sum())), **options)  # type: ignore[arg-type]
         self.factors = factors
 
-    def __iter__(self) -> Iterator[int]:
-        keys = self._keys()
-        return (keys[position] for position in super().__iter__())
+    def keys(self) -> Iterable[int]:
+        """As many as an epoch has, of the samples that are drawn for it."""
+        drawn = self._drawn()
+        return (drawn[position] for position in self.positions())
 
-    def _keys(self) -> list[int]:
+    def _drawn(self) -> list[int]:
         """This epoch's samples in order, by systematic resampling."""
         count = len(self.dataset)  # type: ignore[arg-type]  # it is a range
         ends = self.factors.cumsum()

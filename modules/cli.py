@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a command: 0 if it went well, 2 for a person's mistake; a bug raises."""
+    """Runs a command: 0 if it went well, 2 for a person's mistake, 130 for Ctrl-C; a bug raises."""
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -44,6 +44,11 @@ def main(args: list[str] | None = None) -> int:
             raise
         print("error: " + message.replace("\n", "\n       "), file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns a Ctrl-C that stops a run at once into an exit with 1.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        return 130
     return 0
 
 

@@ -42,6 +42,7 @@ from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
 from .precision import BaseDtype, hold_base
 from .processes import check_batch_norms, share_buffers
+from .resuming import mend_epoch_end, seed_batch, step_watching_schedules
 from .sharding import Lockstep, shard
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
@@ -224,8 +225,20 @@ class TuningModule(LightningModule):
         """What the network takes in training, for a batch of normalised images."""
         return (images,)
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Steps a schedule, but for those that watch a metric: they step as an epoch ends.
+
+        Lightning would step them after checkpoints are written, and in a resumed epoch not at all.
+        """
+        if metric is None:
+            scheduler.step()
+
     def on_train_epoch_end(self) -> None:
-        """Says it when the loss is none: the weights have gone with it, and no step mends them."""
+        """Steps the schedules that watch a metric.
+
+        Says it when the loss is none: the weights have gone with it, and no step mends them.
+        """
+        step_watching_schedules(self.trainer)
         loss = self.trainer.callback_metrics.get("train/loss")
         if loss is not None and not loss.isfinite():
             rank_zero_warn(
@@ -280,16 +293,18 @@ class TuningModule(LightningModule):
         """Takes the seed of the run, unless a checkpoint has brought one."""
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**62
+        # Lightning gives a loader its state when it makes it. Where the schedule needs to know the
+        # length of the run, that is before the state has been read, and it would never get it.
+        self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seeds every epoch, so that a resumed run draws the same numbers.
+        """Seeds every batch, so that a run resumed anywhere draws the same numbers on all ranks.
 
-        Lightning makes the loader's iterator earlier when it resumes: continuing from a saved
-        state of the generator would be off by what that draws.
+        A checkpoint of rank 0 could hold the generators of no other, and what else draws between
+        two batches, as a validation does, need not be drawn again.
         """
-        if batch_idx == 0:
-            assert self._seed is not None
-            torch.manual_seed(hash((self._seed, self.current_epoch, self.global_rank)))
+        assert self._seed is not None
+        seed_batch(self._seed, self.current_epoch, batch_idx, self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the frozen base, which is read again from its file."""
@@ -300,6 +315,8 @@ class TuningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over the seed of the run."""
         self._seed = checkpoint.get("seed")
+        if self._trainer is not None and self._trainer.max_steps != -1 and "loops" in checkpoint:
+            mend_epoch_end(checkpoint["loops"]["fit_loop"])
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a full or a partial state; only frozen parameters may be missing from it."""

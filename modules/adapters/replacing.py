@@ -1,8 +1,10 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,38 @@ from threading import get_ident
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write to, which becomes ``path`` if nothing is raised.
 
-    Folders on the way to it are made.
+    A file is on the disk before it takes the name: after a loss of power, too, it is the old one or
+    the new one. A folder takes the name of none that is there. Folders on the way to it are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}{path.suffix}")
     try:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes have left in a folder under temporary names."""
+    return [path for path in folder.iterdir() if re.fullmatch(r"\..+\.\d+-\d+(\.\w+)?", path.name)]
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and keeps renames itself
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,13 +2,16 @@
 
 from .adapter_folder import AdapterFolder
 from .batch_size_finder import BatchSizeFinder
+from .checkpoints import BestCheckpoint, LastCheckpoint
 from .class_table import ClassTable
 from .confusion import ConfusionMatrix
 from .detections import DetectionWriter
 from .ema import EMA
 from .gallery import Gallery
+from .interruption import Interruption
 from .lr_finder import LearningRateFinder
 from .masks import MaskWriter
+from .nonfinite import NonFinite
 from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
@@ -17,12 +20,16 @@ __all__ = [
     "EMA",
     "AdapterFolder",
     "BatchSizeFinder",
+    "BestCheckpoint",
     "ClassTable",
     "ConfusionMatrix",
     "DetectionWriter",
     "Gallery",
+    "Interruption",
+    "LastCheckpoint",
     "LearningRateFinder",
     "MaskWriter",
+    "NonFinite",
     "Opening",
     "PredictionWriter",
     "RateProgressBar",

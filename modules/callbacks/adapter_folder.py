@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 
 from ..adapters import save
+from ..adapters.replacing import replacing
 from ..adapters.sharded import is_sharded
 from ._files import log_dir
+from .checkpoints import BestCheckpoint
 
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
     from ..module import TuningModule
@@ -21,9 +25,10 @@ if TYPE_CHECKING:  # a task imports its callbacks, not they the task
 class AdapterFolder(Callback):
     """Saves the tuned weights to ``<log folder>/adapter`` at the end of a fit.
 
-    The folder holds the last weights or, where a ModelCheckpoint monitors a metric, the best. It
-    says how to rebuild model and data, so that ``litflora test --adapter FOLDER`` needs no more.
-    An existing folder is left alone: the new one is then ``adapter-v1`` and so on.
+    The folder holds the last weights or, where a ModelCheckpoint of one's own monitors a metric,
+    the best; the `BestCheckpoint` of all the command line's runs does not count. It says how to
+    rebuild model and data, so that ``litflora test --adapter FOLDER`` needs no more. An existing
+    folder is left alone: the new one is then ``adapter-v1`` and so on.
 
     So that the gain can be told, the whole validation set is evaluated before training, in the
     place of Lightning's sanity check; ``num_sanity_val_steps: 0`` leaves it out.
@@ -62,46 +67,29 @@ class AdapterFolder(Callback):
         """Saves the folder."""
         assert self.run is not None
         folder = _fresh(self.run / "adapter")
-        # Of a sharded network every process gives its parts.
-        if trainer.fast_dev_run or not (trainer.is_global_zero or is_sharded(pl_module.net)):
+        if trainer.fast_dev_run:
             return
         metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
-        if best is None:
-            save(pl_module.net, folder, metadata=metadata)
-            name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
-        else:
-            _save_best(pl_module, best.best_model_path, folder, metadata)
-            name, after = best.monitor, float(best.best_model_score)
+        # A folder of the name is a whole adapter.
+        with replacing(folder) if trainer.is_global_zero else nullcontext(folder) as place:
+            _save(
+                trainer, pl_module, None if best is None else best.best_model_path, place, metadata
+            )
         if not trainer.is_global_zero:
             return
+        if best is None:
+            name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
+        else:
+            name, after = best.monitor, float(best.best_model_score)
         gain = (name, self.before.get(name), after)
         weights = "last" if best is None else "best"
         self.message = _message(folder, weights, gain, metadata.get("data"))
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Says how to go on with a run that was interrupted."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.training:
-            print(_interrupted(self.run), flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
         if self.message:
             print(self.message)
         self.message = ""
-
-
-def _interrupted(run: Path | None) -> str:
-    left = (
-        []
-        if run is None
-        else sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    )
-    if not left:
-        return "\ninterrupted before the first checkpoint: nothing is saved"
-    config, checkpoint = shlex.quote(str(run / "config.yaml")), shlex.quote(str(left[-1]))
-    return f"\ninterrupted; go on with\n    litflora fit --config {config} --ckpt_path {checkpoint}"
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
@@ -118,9 +106,23 @@ def _fresh(folder: Path) -> Path:
 
 def _best(trainer: Trainer) -> ModelCheckpoint | None:
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+        chosen = isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint)
+        if chosen and callback.best_model_score is not None:
             return callback
     return None
+
+
+def _save(
+    trainer: Trainer, module: TuningModule, best: str | None, folder: Path, metadata: dict[str, Any]
+) -> None:
+    """Saves the weights, or those of the checkpoint ``best``; every process must call it."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        _save_flattened(trainer, module, best, folder, metadata)
+    elif trainer.is_global_zero or is_sharded(module.net):  # of which each has a part to give
+        if best is None:
+            save(module.net, folder, metadata=metadata)
+        else:
+            _save_best(module, best, folder, metadata)
 
 
 def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str, Any]) -> None:
@@ -130,6 +132,21 @@ def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str
     module.load_state_dict(best["state_dict"])
     save(module.net, folder, metadata=metadata)
     module.load_state_dict(last)  # fit leaves the last weights in the module, as always
+
+
+def _save_flattened(
+    trainer: Trainer, module: TuningModule, best: str | None, folder: Path, metadata: dict[str, Any]
+) -> None:
+    """Saves what FSDP1 has made pieces of, from a network that is made anew."""
+    if best is None:
+        state = trainer.strategy.lightning_module_state_dict()
+    else:
+        state = torch.load(best, "cpu", weights_only=True)["state_dict"]
+    if trainer.is_global_zero:
+        whole = module.anew()
+        whole.configure_model()
+        whole.load_state_dict(state)
+        save(whole.net, folder, metadata=metadata)
 
 
 def _message(

@@ -72,6 +72,10 @@ class EMA(WeightAveraging):
         """Puts the weights of the last step back, before they are saved."""
         super().on_validation_epoch_end(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the average in the module also after a fit that was resumed at its end."""
+        self._copy_average_to_current(pl_module)
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: TuningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -20,7 +20,7 @@ from types import TracebackType
 # Only errors that litflora or Lightning raise themselves speak to a person: the same types out of
 # torch or the standard library are bugs, and bugs keep their traceback.
 _SPEAKERS = ("litflora", "lightning")
-_SPOKEN = (ValueError, OSError, ImportError)
+_SPOKEN = (ValueError, OSError, ImportError, FloatingPointError)
 
 # A disk that is full or not the person's: no bug, whoever wrote to it.
 _DISK = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
@@ -37,6 +37,18 @@ _PLACES = {
         "datamodules.ImageFolderDataModule",
         "datamodules.VisionDataModule",
         "datamodules.MaskFolderDataModule",
+    ),
+}
+# What ends a run and is nobody's mistake, by what torch says of it, and what helps.
+_MISFORTUNES = {
+    r"out of memory|can't allocate memory": (
+        "memory ran out; three settings help:\n"
+        "--data.init_args.batch_size HALF --trainer.accumulate_grad_batches 2, "
+        "--model.init_args.activation_checkpointing blocks,\n--trainer.precision bf16-mixed"
+    ),
+    r"DataLoader worker .*(exited unexpectedly|killed by signal)": (
+        "a process that loads data was killed, most likely since memory ran out:\n"
+        "lower data.init_args.num_workers, and go on with litflora fit --resume RUN"
     ),
 }
 # What Lightning leaves out.
@@ -69,6 +81,9 @@ def _said(error: BaseException) -> str | None:
     origin, kind = _origin(error), type(error)
     if kind.__module__.startswith("omegaconf"):  # an ${...} that leads nowhere
         return f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}"
+    for said, helps in _MISFORTUNES.items():
+        if isinstance(error, RuntimeError) and re.search(said, str(error)):
+            return helps
     if worker := _WORKER.match(str(error)):
         _, path, said = worker.groups()
         return said if isinstance(error, _SPOKEN) and path in _files() else None

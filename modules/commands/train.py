@@ -10,10 +10,11 @@ import shutil
 import warnings
 from argparse import SUPPRESS, Action
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -21,9 +22,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from .. import classification, datamodules, segmentation
+from ..adapters.replacing import replacing
 from ..module import TuningModule
 from ..processes import ending_together
-from . import recipes
+from . import guards, recipes, resume
 from .mistakes import explain
 
 # jsonargparse knows a class by its short name once it has been imported.
@@ -45,7 +47,8 @@ _CHATTER = (
     ".*does not have many workers",
     ".*WeightAveraging doesn't support sharding",
     ".*returned a view tensor",  # which nobody writes into
-    ".*dirpath has changed",  # a resumed run is a new version: it always has
+    ".*dirpath has changed",  # a run that goes on from a file is a new version: it always has
+    ".*exists and is not empty",  # of a run that is resumed it always does
 )
 
 
@@ -70,6 +73,16 @@ class AdapterAction(Action):
         """Applies the folder's metadata like a config file: what comes later overrides it."""
         config, parser.saved_classes = adapter_config(values)
         ActionConfigFile.apply_config(parser, cfg, "config", json.dumps(config))
+
+
+class ResumeAction(Action):
+    """``--resume`` that goes on with a run, in its folder."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Applies the run's own config, with its newest good checkpoint: what comes later wins."""
+        parser.resumed = Path(values)
+        config = yaml.safe_dump(resume.run_config(parser.resumed))
+        ActionConfigFile.apply_config(parser, cfg, "config", config)
 
 
 def adapter_config(folder: str) -> tuple[dict[str, Any], list[str]]:
@@ -98,6 +111,7 @@ class RecipeParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, allow_abbrev=False)
         self.saved_classes: list[str] = []  # those of the adapter that --adapter names
+        self.resumed: Path | None = None  # the run that --resume names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Swaps in the action that knows recipes."""
@@ -117,10 +131,16 @@ class SaveConfig(SaveConfigCallback):
     folder: ClassVar[Path | None] = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves once, and never over another run's config."""
-        if own_folder(trainer) is not None:
+        """Saves once, whole, and never over another run's config."""
+        folder = own_folder(trainer)
+        if folder is None:
+            return
+        path = folder / "config.yaml"
+        mine = trainer.is_global_zero and not path.exists()
+        with replacing(path) if mine else nullcontext(path) as file:
+            self.config_filename = file.name
             super().setup(trainer, pl_module, stage)
-            SaveConfig.folder = own_folder(trainer)
+        SaveConfig.folder = folder
 
 
 class LitFloraCLI(LightningCLI):
@@ -161,7 +181,10 @@ class LitFloraCLI(LightningCLI):
         for key, compute in classes.items():
             target = f"model.init_args.{key}"
             parser.link_arguments(f"data.{key}", target, compute, apply_on="instantiate")
-        if self.command != "fit":
+        if self.command == "fit":
+            told = "Folder of a run to go on with, from its newest good checkpoint."
+            parser.add_argument("--resume", action=ResumeAction, default=SUPPRESS, help=told)
+        else:
             told = "Folder of a saved adapter: brings the model and data it was trained with."
             parser.add_argument("--adapter", action=AdapterAction, default=SUPPRESS, help=told)
 
@@ -173,25 +196,51 @@ class LitFloraCLI(LightningCLI):
         if self.command is None:
             return None
         config = self.config_init[self.command].trainer
-        self.trainer_defaults["callbacks"] = default_callbacks(config)
-        return super().instantiate_trainer(**kwargs)
+        self.trainer_defaults["callbacks"] = default_callbacks(config, self.command)
+        if self.resumed is not None:  # the config of the first start is kept
+            self.save_config_callback = None
+        return super().instantiate_trainer(**{"plugins": guards.plugins(config), **kwargs})
+
+    @property
+    def resumed(self) -> Path | None:
+        """The folder of the run that goes on."""
+        return self._parser(self.command).resumed
 
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.config_init[subcommand]
         if config.get("ckpt_path") == "last":
-            config.ckpt_path = str(newest_checkpoint(self.trainer))
+            config.ckpt_path = last_checkpoint(self.trainer)
         if subcommand == "predict":  # callbacks write them, and all of them may fill the memory
             config.return_predictions = False
-        max_epochs = self.trainer.max_epochs if subcommand == "fit" else None
-        check_checkpoint(config.get("ckpt_path"), max_epochs)
-        folder = own_folder(self.trainer) if self.trainer.is_global_zero else None
+        checkpoint = self._checkpoint(config.get("ckpt_path"))
+        first = self.trainer.is_global_zero
+        if self.resumed is not None and first:
+            resume.prepare(self.resumed, self.trainer.logger, checkpoint)
+        new = first and self.resumed is None
+        folder = own_folder(self.trainer) if new else None
         with removed_on_mistake(folder), ending_together(self.trainer):
             super()._run_subcommand(subcommand)
+
+    def _checkpoint(self, path: str | None) -> resume.Checkpoint:
+        """What the run starts from, once it is known to be good; nothing for a fresh start."""
+        if path is None or path in ("best", "hpc", "registry"):
+            return {}
+        checkpoint = resume.read_checkpoint(path)
+        if self.command == "fit":
+            # A run that was killed before it wrote its adapter has that to do.
+            if self.resumed is None or any(self.resumed.glob("adapter*")):
+                max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
+                resume.check_unfinished(path, checkpoint, max_epochs, max_steps)
+            for line in resume.differences(checkpoint, self.model, self.datamodule):
+                resume.tell(line)
+        return checkpoint
 
 
 def run(command: str, args: list[str]) -> None:
     """Runs fit, validate, test or predict."""
     _quieten()
+    if command != "fit":  # only a fit goes on with the callbacks of a checkpoint
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
     LitFloraCLI(command, args)
 
 
@@ -212,7 +261,11 @@ def trainer_defaults(command: str | None, args: list[str]) -> dict[str, Any]:
     """Runs go to ``runs/<recipe, or command>/version_N``, with a CSV log."""
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": "${...default_root_dir}", "name": _first_config(args) or command},
+        "init_args": {
+            "save_dir": "${...default_root_dir}",
+            "name": _first_config(args) or command,
+            "flush_logs_every_n_steps": 1,  # rows are few, and a killed run loses those not written
+        },
     }
     return {
         "default_root_dir": "runs",
@@ -243,60 +296,38 @@ def _inline(config: str) -> bool:
     return any(mark in config for mark in ("{", "\n", ": "))
 
 
-def default_callbacks(trainer: Any) -> list[Callback]:
-    """What every run has; the progress bar unless there is another or none is wanted."""
+def default_callbacks(trainer: Any, command: str | None = None) -> list[Callback]:
+    """What every run has; the progress bar unless there is another or none is wanted.
+
+    Args:
+        trainer: The trainer's config.
+        command: A fit is guarded, and can go on after whatever happens to it.
+    """
     from .. import callbacks
 
     found: list[Callback] = []
     shown = trainer.enable_progress_bar is not False and not trainer.barebones
     if shown and not any(isinstance(each, ProgressBar) for each in trainer.callbacks or ()):
         found.append(callbacks.RateProgressBar())  # first, so that it is gone when others print
-    return [*found, callbacks.Opening(), callbacks.AdapterFolder()]
+    found += [callbacks.Opening(), callbacks.AdapterFolder()]
+    if command == "fit":
+        found += guards.callbacks(trainer)
+    return found
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    """The newest good checkpoint that any run of this recipe has left."""
+    folder = own_folder(trainer)
+    runs = Path(trainer.default_root_dir) if folder is None else folder.parent
+    found = resume.newest_checkpoint(runs)
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint below {runs}: give --ckpt_path a file")
+    return str(found)
 
 
 def _check_writable(folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"no run can be written below {folder}: set trainer.default_root_dir")
-
-
-def newest_checkpoint(trainer: Trainer) -> Path:
-    """The last checkpoint that any run of this recipe has left."""
-    folder = own_folder(trainer)
-    runs = Path(trainer.default_root_dir) if folder is None else folder.parent
-    found = sorted(runs.glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"there is no checkpoint below {runs}: give --ckpt_path a file")
-    return found[-1]
-
-
-def check_checkpoint(path: str | None, max_epochs: int | None = None) -> None:
-    """Raises if a checkpoint to start from is not one, before anything is built.
-
-    Args:
-        path: What ``--ckpt_path`` names.
-        max_epochs: The length of the fit, which a checkpoint must not have reached.
-    """
-    if path is None or path in ("best", "hpc", "registry"):
-        return
-    import torch
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["state_dict"]
-        # One of weights alone does not say how far it has come, and is as good to test.
-        loops = checkpoint.get("loops")
-        epochs = loops["fit_loop"]["epoch_progress"]["current"]["processed"] if loops else 0
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is damaged or no checkpoint of litflora: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is no checkpoint of litflora: its state_dict is no dict")
-    if max_epochs is not None and 0 < max_epochs <= epochs:
-        raise ValueError(
-            f"{path} has had {epochs} epochs already: raise trainer.max_epochs above {max_epochs}"
-        )
 
 
 def own_folder(trainer: Trainer) -> Path | None:
@@ -313,7 +344,8 @@ def removed_on_mistake(folder: Path | None) -> Iterator[None]:
         return
     if (folder / "config.yaml").exists():
         raise FileExistsError(
-            f"{folder} holds an earlier run: change or drop trainer.logger.init_args.version"
+            f"{folder} holds an earlier run: go on with it by litflora fit --resume {folder},\n"
+            "or change or drop trainer.logger.init_args.version"
         )
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     _check_writable(next(path for path in folder.absolute().parents if path.exists()))
@@ -323,7 +355,8 @@ def removed_on_mistake(folder: Path | None) -> Iterator[None]:
     except Exception as error:
         # A run that was started at the same time may have made the folder its own.
         mine = SaveConfig.folder == folder or not (folder / "config.yaml").exists()
-        if explain(error) and mine and folder in missing and not list(folder.rglob("*.ckpt")):
+        kept = [*folder.rglob("*.ckpt"), *folder.rglob("*.pt")]
+        if explain(error) and mine and folder in missing and not kept:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in missing[1:]:
                 if parent.is_dir() and not any(parent.iterdir()):

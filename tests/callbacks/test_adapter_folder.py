@@ -4,11 +4,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from tiny import NAMES, Colours, module, save_base, trainer
 
 from litflora.adapters import FLoRA, read_config
-from litflora.callbacks import AdapterFolder
+from litflora.callbacks import AdapterFolder, BestCheckpoint
 from litflora.module import from_adapter
 
 
@@ -118,6 +117,14 @@ def test_the_best_weights_where_a_checkpoint_monitors(base, tmp_path, capsys):
     assert not made.net.head.weight.any()  # the module keeps the last
 
 
+def test_the_best_of_every_run_changes_nothing(base, tmp_path, capsys):
+    made, _ = fit(base, tmp_path, BestCheckpoint(), Ruin(), max_epochs=5, enable_checkpointing=True)
+    again = from_adapter(tmp_path / "adapter")
+    again.configure_model()
+    assert torch.equal(outputs(again), outputs(made))
+    assert "the last weights" in capsys.readouterr().out
+
+
 def test_the_gain_is_told_in_the_metric_that_is_monitored(base, tmp_path, capsys):
     best = ModelCheckpoint(tmp_path, monitor="val/loss", mode="min")
     _, run = fit(base, tmp_path, best, enable_checkpointing=True)
@@ -139,24 +146,3 @@ def test_a_fast_dev_run_writes_nothing(base, tmp_path, capsys):
     fit(base, tmp_path / "run", fast_dev_run=True)
     assert not (tmp_path / "run").exists()
     assert "adapter" not in capsys.readouterr().out
-
-
-def test_an_interrupted_run_says_how_to_go_on(base, tmp_path, capsys):
-    class Interrupt(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                raise KeyboardInterrupt
-
-    logger = CSVLogger(tmp_path, name="photos")
-    run = trainer(
-        tmp_path,
-        logger=logger,
-        max_epochs=3,
-        callbacks=[AdapterFolder(), Interrupt()],
-        enable_checkpointing=True,
-    )
-    with pytest.raises(SystemExit):
-        run.fit(module(base), Colours())
-    said = capsys.readouterr().out
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
-    assert f"litflora fit --config {logger.log_dir}/config.yaml --ckpt_path {checkpoint}" in said

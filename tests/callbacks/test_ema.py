@@ -175,7 +175,7 @@ def test_the_recipe_of_the_command_line(tmp_path):
     assert "sharding" not in ran.err
     (adapter,) = Path(tmp_path).glob("**/adapter")
     assert read_config(adapter)["method"] == ["FLoRA"]
-    (checkpoint,) = Path(tmp_path).glob("**/*.ckpt")
+    (checkpoint,) = Path(tmp_path).glob("**/last.ckpt")
     state = torch.load(checkpoint, weights_only=True)
     again = from_adapter(adapter)
     again.configure_model()

@@ -1,0 +1,173 @@
+"""What a run can be resumed from: the last state, and the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/best.ckpt``, the best by the module's ``monitor``.
+
+    A loss is best where it is least, any other metric where it is greatest. A run that validates
+    nothing has no best.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="best", enable_version_counter=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the metric from the module."""
+        self.monitor = getattr(pl_module, "monitor", "val/loss")
+        self.mode = "min" if self.monitor.endswith("loss") else "max"
+        super().setup(trainer, pl_module, stage)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses the folder of another run before anything takes long."""
+        _check_own(self, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses the folder of another run."""
+        _check_own(self, trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves if it is better, as long as the metric is there at all."""
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves if it is better, as long as the metric is there at all."""
+        if self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the best of before where its file is, also if the folder has moved.
+
+        A run that goes on in another folder has its best before it.
+        """
+        path = self.format_checkpoint_name({})
+        if state_dict["best_model_score"] is None or not Path(path).is_file():
+            return
+        moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+        best = {path: state_dict["best_model_score"]}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best})
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/last.ckpt``, the newest state that the run can go on from bit for bit.
+
+    It is written after each epoch and each validation, every so many steps where that is asked
+    for, and when a process that loads data is killed. It goes after the other callbacks, so that
+    their state is in it.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        """Sets how much a killed run loses.
+
+        Args:
+            every_n_steps: Save after so many steps of the optimizer, too.
+        """
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
+        super().__init__(filename="last", enable_version_counter=False)
+        self.every_n_steps = every_n_steps
+
+    @property
+    def state_key(self) -> str:
+        """One name, however often it saves: a resumed run may be told another rhythm."""
+        return type(self).__qualname__
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses the folder of another run before anything takes long."""
+        _check_own(self, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses the folder of another run."""
+        _check_own(self, trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves every so many steps."""
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and resumable(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves after a validation within an epoch; the end of an epoch saves after it."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and not trainer.is_last_batch:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves after an epoch."""
+        self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves it at that: the last epoch's end has saved."""
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Saves if data stop coming between two batches, as when their process is killed.
+
+        Data that are wrong raise errors of other types: nothing is saved for a mistake. Of several
+        processes the others are still at work, and none can save alone.
+        """
+        alone = trainer.world_size == 1
+        if isinstance(exception, RuntimeError) and alone and _between(trainer):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes the file; all processes must come here together."""
+        if trainer.fast_dev_run:
+            return
+        self.last_model_path = self.best_model_path = self.format_checkpoint_name({})
+        # Not public, but what subclasses go through: it tells the loggers.
+        self._save_checkpoint(trainer, self.last_model_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the file is where the folder is."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing over."""
+
+
+def resumable(trainer: Trainer) -> bool:
+    """Whether a checkpoint of ``on_train_batch_end`` goes on as if it had not been taken.
+
+    Within an accumulation it would lack the gradients. Before a validation, or the end of an epoch,
+    Lightning would go on after it.
+    """
+    loop = trainer.fit_loop.epoch_loop  # nothing public says what is due after a batch
+    if loop._should_accumulate() or loop._is_training_done:
+        return False
+    return not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def _between(trainer: Trainer) -> bool:
+    """Whether a training has stopped between two batches of an epoch, and after a step."""
+    loop = trainer.fit_loop
+    batches, epochs = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
+    at_rest = trainer.training and batches.ready == batches.completed > 0
+    return at_rest and epochs.processed < epochs.started and resumable(trainer)
+
+
+def _check_own(callback: ModelCheckpoint, trainer: Trainer) -> None:
+    path = Path(callback.format_checkpoint_name({}))
+    resumed = (
+        trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == path.resolve().parent
+    )
+    mine = str(path) in (callback.last_model_path, callback.best_model_path)
+    if path.is_file() and not (resumed or mine or trainer.fast_dev_run):
+        raise FileExistsError(
+            f"{path} is of an earlier run: take another folder, or go on with that run by "
+            f"ckpt_path={str(path)!r}"
+        )

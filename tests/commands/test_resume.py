@@ -1,0 +1,209 @@
+"""`litflora fit --resume`: in the same folder, from the newest good checkpoint."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from shell import QUIET, files_below, litflora
+
+from litflora.adapters.replacing import leftovers
+from litflora.commands.resume import newest_checkpoint, read_checkpoint
+
+RUN = Path("runs", "quickstart", "version_0")
+LAST = RUN / "checkpoints" / "last.ckpt"
+SMALL = {
+    "data.train_samples": 24,
+    "data.val_samples": 4,
+    "data.img_size": 32,
+    "data.batch_size": 4,
+    "model.mixup": 0.2,
+    "trainer.accelerator": "cpu",
+    "trainer.max_epochs": 2,
+    "trainer.log_every_n_steps": 1,
+}
+OFTEN = "trainer: {callbacks: [{class_path: LastCheckpoint, init_args: {every_n_steps: 2}}]}"
+
+
+def fit(*more):
+    options = [str(each) for key, value in SMALL.items() for each in (f"--{key}", value)]
+    return litflora("fit", "--config", "quickstart", *options, *QUIET, *more)
+
+
+def tensors(path=LAST):
+    checkpoint = read_checkpoint(str(path))
+    return checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"]
+
+
+def same(found, expected):
+    if isinstance(found, torch.Tensor):
+        return torch.equal(found, expected)
+    if isinstance(found, dict):
+        return found.keys() == expected.keys() and all(
+            same(v, expected[k]) for k, v in found.items()
+        )
+    return all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def rows(run=RUN):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run that was not disturbed, and one that ended in its second epoch, at a step it saved."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stop in (("whole", None), ("cut", 9)):
+            (folder / name).mkdir()
+            patch.chdir(folder / name)
+            if stop:
+                patch.setattr("litflora.ClassificationModule.training_step", _stopping(stop))
+            ran = fit("--config", OFTEN)
+            assert ran.code == (130 if stop else 0), ran.err
+    assert read_checkpoint(str(folder / "cut" / LAST))["global_step"] == 8
+    return folder
+
+
+def _stopping(step):
+    from litflora import ClassificationModule
+
+    plain = ClassificationModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == step:
+            raise KeyboardInterrupt
+        return plain(self, batch, batch_idx)
+
+    return training_step
+
+
+@pytest.fixture
+def cut(made, tmp_path, monkeypatch):
+    """The run that was cut, in a folder of the test's own."""
+    shutil.copytree(made / "cut", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return made / "whole" / RUN
+
+
+def test_it_goes_on_in_the_folder_as_if_nothing_had_been(cut):
+    config = (RUN / "config.yaml").read_text()
+    (LAST.parent / ".last.77-123.ckpt").write_bytes(b"half")  # a killed run was writing it
+    with (RUN / "metrics.csv").open("a") as file:
+        file.write("1,1")  # and was cut off within the row of step 10
+    ran = litflora("fit", "--resume", RUN)
+    assert ran.code == 0, ran.err
+    assert f"resume   {RUN} goes on after step 8" in ran.out
+    assert "val/acc" in ran.out
+    assert "before tuning" in ran.out
+    assert files_below(RUN) == files_below(cut)
+    assert same(tensors(), tensors(cut / "checkpoints" / "last.ckpt"))
+    assert rows() == rows(cut)
+    assert (RUN / "config.yaml").read_text() == config
+    done = litflora("fit", "--resume", RUN)
+    assert done.code == 2
+    assert "has had 2 epochs already" in done.err
+
+
+def test_the_best_stays_known_in_a_folder_that_has_moved(cut):
+    best = read_checkpoint(str(LAST))["callbacks"]
+    (state,) = (value for key, value in best.items() if key.startswith("BestCheckpoint"))
+    RUN.rename("moved")
+    assert litflora("fit", "--resume", "moved", "--trainer.max_epochs", "2").code == 0
+    after = read_checkpoint("moved/checkpoints/last.ckpt")["callbacks"]
+    (again,) = (value for key, value in after.items() if key.startswith("BestCheckpoint"))
+    assert again["best_model_score"] >= state["best_model_score"]
+    assert Path(again["best_model_path"]) == Path("moved/checkpoints/best.ckpt")
+    assert {path.name for path in Path("moved/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_a_torn_checkpoint_is_passed_over(cut):
+    torn = LAST.read_bytes()[:-3000]
+    LAST.write_bytes(torn)
+    ran = litflora("fit", "--resume", RUN)
+    assert ran.code == 0, ran.err
+    assert f"passed over: {LAST} is damaged" in ran.out
+    assert "goes on after step 6" in ran.out  # best.ckpt is of the first epoch's end
+    assert same(tensors(), tensors(cut / "checkpoints" / "last.ckpt"))
+    assert rows() == rows(cut)
+
+
+def test_no_good_checkpoint_is_told(cut):
+    for path in LAST.parent.iterdir():
+        path.write_bytes(b"torn")
+    before = files_below(RUN)
+    told = litflora("fit", "--resume", RUN)
+    assert told.code == 2
+    assert "no checkpoint below" in told.err
+    assert files_below(RUN) == before
+
+
+def test_a_run_that_saved_nothing_starts_anew(cut):
+    shutil.rmtree(LAST.parent)
+    ran = litflora("fit", "--resume", RUN)
+    assert ran.code == 0, ran.err
+    assert "starts anew" in ran.out
+    assert same(tensors(), tensors(cut / "checkpoints" / "last.ckpt"))
+    assert rows() == rows(cut)
+
+
+def test_a_run_that_was_killed_before_its_adapter_writes_it(cut):
+    shutil.copytree(cut, "done")
+    shutil.rmtree("done/adapter")
+    ran = litflora("fit", "--resume", "done")
+    assert ran.code == 0, ran.err
+    weights = "adapter/adapter_model.safetensors"
+    assert Path("done", weights).read_bytes() == (cut / weights).read_bytes()
+
+
+def test_options_win_and_what_differs_is_told(cut):
+    ran = litflora("fit", "--resume", RUN, "--model.mixup", "0.5", "--trainer.max_epochs", "3")
+    assert ran.code == 0, ran.err
+    assert "model.mixup is 0.5, and was 0.2 when the checkpoint was made" in ran.out
+    assert read_checkpoint(str(LAST))["hyper_parameters"]["mixup"] == 0.5
+    assert read_checkpoint(str(LAST))["epoch"] == 2
+    newer = fit("--ckpt_path", "last", "--trainer.max_epochs", "4")
+    assert newer.code == 0, newer.err
+    assert "model.mixup is 0.2, and was 0.5 when the checkpoint was made" in newer.out
+    assert (RUN.parent / "version_1" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_another_runs_folder_is_refused(cut):
+    before = LAST.read_bytes()
+    told = fit("--trainer.logger.init_args.version", "0")
+    assert told.code == 2
+    assert f"litflora fit --resume {RUN}" in told.err
+    assert LAST.read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_told(cut):
+    told = litflora("fit", "--resume", RUN / "checkpoints")
+    assert told.code == 2
+    assert "--resume takes the folder of a run" in told.err
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damage_anywhere_is_seen(made, tmp_path, damage):
+    whole = (made / "cut" / LAST).read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(whole)
+    assert newest_checkpoint(tmp_path).name == "a.ckpt"
+    for place in range(2000, len(whole), len(whole) // 20):
+        data = bytearray(whole)
+        if damage == "cut":
+            del data[place:]
+        else:
+            data[place] ^= 255
+        (tmp_path / "a.ckpt").write_bytes(data)
+        if newest_checkpoint(tmp_path):  # a byte between two records is nothing's
+            assert damage == "flip"
+            assert same(tensors(tmp_path / "a.ckpt"), tensors(made / "cut" / LAST))
+
+
+def test_temporary_names_are_known(tmp_path):
+    for name in (".last.77-123.ckpt", ".adapter.7-8"):
+        (tmp_path / name).touch()
+    for name in (".git", "last.ckpt", ".hidden.ckpt", ".v1.2-3.x.y"):
+        (tmp_path / name).touch()
+    assert {path.name for path in leftovers(tmp_path)} == {".last.77-123.ckpt", ".adapter.7-8"}

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import nn
 from torch.optim import Optimizer
 
+from .adapters.layers import adapted_layers, has_own_op
 from .adapters.sharded import part_of, whole
 from .backbones.blocks import blocks
 from .sharding import check_sharded
@@ -124,6 +125,9 @@ class FSDP1(FSDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Finds the blocks before any is wrapped."""
         module: Any = self.lightning_module
+        for name, layer, _ in adapted_layers(module.net):
+            if not has_own_op(layer):  # it puts W + dW where FSDP1 puts a view
+                raise ValueError(f"FSDP1 cannot run the adapted {name}: take FSDP2, or exclude it")
         self._blocks = set(map(id, blocks(module.net).values()))
         super().setup(trainer)
 

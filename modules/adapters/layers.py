@@ -231,6 +231,11 @@ def adapt(layer: nn.Module) -> AdapterSet:
     return cast(Adapted, layer).adapters
 
 
+def has_own_op(layer: nn.Module) -> bool:
+    """Whether an adapted layer is computed here, not by its own forward with another weight."""
+    return isinstance(layer, Adapted) and type(layer)._litflora_op is not None
+
+
 def origin_of(model: nn.Module, name: str) -> Origin:
     """Where the adapter ``name`` comes from; an empty origin if the model has none so called."""
     found = (adapters[name].origin for _, _, adapters in adapted_layers(model) if name in adapters)

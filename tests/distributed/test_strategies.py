@@ -143,6 +143,21 @@ def test_each_image_is_predicted_once(two: Any) -> None:
     assert len(paths) == len(set(paths)) == 20
 
 
+@pytest.mark.parametrize("tuning", ["Full", "FLoRA"])
+def test_fsdp1_takes_the_steps_of_ddp(tuning: str, two: Any, folder: Path) -> None:
+    """On a CPU, by a stand-in for the device that Lightning gives it."""
+    (losses, groups), (flat_losses, flat_groups) = (
+        two[0]["fsdp1"][tuning, strategy] for strategy in ("ddp", "fsdp1")
+    )
+    assert flat_losses == pytest.approx(losses, rel=1e-5)
+    assert flat_groups == groups  # names, decays and numbers, though all is flattened
+    own = folder / "fsdp1" / tuning
+    files = [load_file(own / s / "adapter/adapter_model.safetensors") for s in ("ddp", "fsdp1")]
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[0].items():
+        torch.testing.assert_close(files[1][key], value, atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_refused_of_a_sharded_model(two: Any) -> None:
     for rank in two:
         said = rank["mistakes"]

@@ -1,5 +1,6 @@
 """What happens to a run from outside: each fault is told, and nothing that was saved is lost."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from shell import QUIET, litflora
 
 from litflora import ClassificationModule
+from litflora.checkpoint_io import AtomicCheckpointIO
 from litflora.commands.mistakes import explain
 from litflora.commands.resume import read_checkpoint
 from litflora.datamodules.base import Samples
@@ -59,6 +61,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk):
     folder = small_disk / RUN / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
     assert read_checkpoint(str(folder / "last.ckpt"))["global_step"] == 4
+    with pytest.raises(OSError, match="No space left"):  # of one large tensor, too
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(10**6)}, folder / "last.ckpt")
+    assert read_checkpoint(str(folder / "last.ckpt"))["global_step"] == 4
     (folder / "best.ckpt").unlink()
     resumed = litflora("fit", "--resume", small_disk / RUN, "--trainer.limit_val_batches", "0")
     assert resumed.code == 0, resumed.err
@@ -95,21 +100,27 @@ def test_a_killed_data_worker_is_told_and_the_state_saved(here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("signals", "code"),
-    [([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGINT], 130)],
+    ("signals", "workers", "code"),
+    [
+        ([signal.SIGTERM], 0, 143),
+        ([signal.SIGINT], 1, 130),
+        ([signal.SIGINT, signal.SIGINT], 1, 130),
+    ],
     ids=["SIGTERM", "Ctrl-C", "Ctrl-C twice"],
 )
-def test_exit_codes_of_signals(here, monkeypatch, signals, code):
+def test_exit_codes_of_signals(here, monkeypatch, signals, workers, code):
     plain = ClassificationModule.training_step
 
     def step(self, batch, batch_idx):
         for number in signals if self.trainer.global_step == 7 else ():
+            for child in multiprocessing.active_children():  # as a terminal does, to all of them
+                os.kill(child.pid, number)
             os.kill(os.getpid(), number)
         return plain(self, batch, batch_idx)
 
     monkeypatch.setattr(ClassificationModule, "training_step", step)
-    ran = fit("runs")
-    assert ran.code == code
+    ran = fit("runs", "--data.num_workers", workers)
+    assert ran.code == code, ran.err
     assert "litflora fit --resume runs/quickstart/version_0" in ran.out
     last = read_checkpoint(str(Path("runs") / RUN / "checkpoints" / "last.ckpt"))
     assert last["global_step"] == (8 if len(signals) == 1 else 6)  # twice: that of the epoch's end
@@ -120,11 +131,11 @@ def test_steps_of_no_numbers_end_the_run_and_keep_the_batch(here, monkeypatch):
     plain = ClassificationModule.training_step
     wrong = lambda self, batch, index: plain(self, batch, index) * float("nan")  # noqa: E731
     monkeypatch.setattr(ClassificationModule, "training_step", wrong)
-    ran = fit("runs")
+    ran = fit("runs", "--data.batch_size", "2")  # in the first epoch, before anything is saved
     assert ran.code == 2, ran.err
     file = Path("runs") / RUN / "nonfinite" / "step_9_rank_0.pt"
     assert str(file) in ran.err
-    assert torch.load(file, weights_only=True)["epoch"] == 1
+    assert torch.load(file, weights_only=True)["epoch"] == 0
 
 
 def test_memory_that_ran_out_is_told_with_what_helps():

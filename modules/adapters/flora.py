@@ -75,7 +75,7 @@ class FLoRADelta(Delta):
         return self.core, self._in_order(self._by_mode().values())
 
     def _by_mode(self) -> dict[str, Any]:
-        # ParameterDict's own ``values`` look every one up as an attribute, which takes longer; under
+        # ParameterDict's own ``values`` look each up as an attribute, which takes longer; under
         # FSDP1 attributes are all there is during a call.
         return self.factors._parameters or dict(self.factors.items())
 

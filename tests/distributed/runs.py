@@ -118,7 +118,7 @@ def fit(
 
 def shapes(world: int, steps: int = 20, batch: int = 8) -> ShapesDataModule:
     """As many scenes as a number of steps needs, in global batches of one size."""
-    sizes = {"train_samples": steps * batch, "val_samples": 20, "test_samples": 20}
+    sizes = {"train_samples": steps * batch, "val_samples": 19, "test_samples": 19}
     return ShapesDataModule(domain="shifted", img_size=32, batch_size=batch // world, **sizes)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from litflora.adapters import FLoRA, Full, LoRA, Probe, Tuning, merge, save
-from litflora.callbacks import EMA, AdapterFolder
+from litflora.callbacks import EMA, AdapterFolder, NonFinite
 from litflora.classification import ClassificationModule
 from litflora.segmentation import SegmentationModule
 from litflora.windows import SlidingWindow
@@ -43,7 +43,19 @@ def module(backbone: str, tuning: str, base: Path, **options: Any) -> Classifica
 
 def everything(base: Path, folder: Path) -> dict[str, Found]:
     """By name of the part."""
-    parts = (memory, steps, files, resumed, variants, evaluated, windows, fsdp1, mistakes, cells)
+    parts = (
+        memory,
+        steps,
+        files,
+        resumed,
+        variants,
+        evaluated,
+        windows,
+        fsdp1,
+        poisoned,
+        mistakes,
+        cells,
+    )
     found = {}
     for part in parts:
         own = folder / part.__name__
@@ -203,6 +215,39 @@ class _Losses(runs.Watch):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leaves them."""
+
+
+def poisoned(base: Path, folder: Path) -> Found:
+    """One process's second batch of three is no numbers."""
+    found = {}
+    for strategy in TWO:
+        made, guard = module("test_vit", "Full", base), NonFinite()
+        watch = Weights()
+        callbacks = [Poison(), guard, watch]
+        runs.fit(made, strategy, folder, runs.shapes(2, steps=3), callbacks=callbacks, keep=False)
+        found[strategy] = guard.skipped, watch.after
+    return found
+
+
+class Poison(Callback):
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1 and trainer.global_rank == 1:
+            pl_module.std.fill_(float("nan"))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        pl_module.std.fill_(1.0)
+
+
+class Weights(Callback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.after.append(runs.parameters(pl_module))
 
 
 def mistakes(base: Path, folder: Path) -> Found:

@@ -80,6 +80,8 @@ class Lockstep:
 
     def _calling(self, mine: bool) -> bool:
         """Whether any process calls the network now."""
-        count = torch.tensor(float(mine), device=next(self.net.parameters()).device)
+        # Not of the default type, which in half precision is another one inside of a step.
+        device = next(self.net.parameters()).device
+        count = torch.tensor(int(mine), dtype=torch.int32, device=device)
         dist.all_reduce(count)
         return bool(count > 0)

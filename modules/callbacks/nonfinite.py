@@ -112,7 +112,7 @@ class NonFinite(Callback):
 def _norm(optimizer: Optimizer) -> Tensor:
     """The norm of this process's gradients: one number to wait for.
 
-    It costs a tenth of a fused step. One that overflows is of gradients that no weights survive.
+    One that overflows is of gradients that no weights survive.
     """
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     gradients = [p.grad.detach() for p in parameters if p.grad is not None]

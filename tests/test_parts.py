@@ -341,7 +341,7 @@ def test_parts_by_the_command_line(whole, tmp_path):
     again.configure_model()
     test = litflora("test", "--adapter", adapter, "--trainer.accelerator", "cpu", *QUIET)
     assert test.code == 0, test.err
-    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    (checkpoint,) = tmp_path.glob("**/last.ckpt")
     loaded = SegmentationModule.load_from_checkpoint(checkpoint, weights_only=True)
     assert loaded.head_tuning == LoRA(rank=3)
 

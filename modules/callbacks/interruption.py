@@ -101,11 +101,11 @@ class Interruption(Callback):
         raise Interrupted(128 + self._agreed if trainer.is_global_zero else 0)
 
     def _how_to_go_on(self, trainer: Trainer) -> str:
-        saved = [each.last_model_path for each in _last(trainer) if each.last_model_path]
-        if not saved:
+        files = [Path(each.format_checkpoint_name({})) for each in _last(trainer)]
+        if self._run is None or not any(file.is_file() for file in files):
             return "\ninterrupted before the first checkpoint: nothing is saved"
         run = shlex.quote(str(self._run))
-        return f"\ninterrupted; {saved[0]} is saved, go on with\n    litflora fit --resume {run}"
+        return f"\ninterrupted; {files[0]} is saved, go on with\n    litflora fit --resume {run}"
 
 
 def _last(trainer: Trainer) -> list[LastCheckpoint]:

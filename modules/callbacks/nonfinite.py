@@ -110,14 +110,14 @@ class NonFinite(Callback):
 
 
 def _norm(optimizer: Optimizer) -> Tensor:
-    """The largest gradient of this process's: one number to wait for."""
+    """The norm of this process's gradients: one number to wait for.
+
+    One that overflows is of gradients that no weights survive.
+    """
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     gradients = [p.grad.detach() for p in parameters if p.grad is not None]
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    # The norm that cannot overflow where no gradient does; a tensor of few rows leaves some
-    # processes nothing, of which there is none.
-    held = [shard for shard in shards if shard.numel()]
-    return torch.nn.utils.get_total_norm(held, norm_type=float("inf"))
+    return torch.nn.utils.get_total_norm(shards)
 
 
 def _plain(tensor: Tensor) -> Tensor:

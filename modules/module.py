@@ -36,14 +36,15 @@ from .adapters.sharded import part_of, plain_name
 from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
 from .backbones.blocks import check_checkpointing, checkpoint_activations
-from .backbones.deferred import Deferred, deferring
+from .backbones.deferred import Deferred, deferring, fill
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
 from .precision import BaseDtype, hold_base
-from .processes import check_batch_norms, share_buffers
+from .processes import check_batch_norms, share_statistics
 from .resuming import mend_epoch_end, seed_batch, step_watching_schedules
 from .sharding import Lockstep, shard
+from .strategies import FSDP2
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -153,10 +154,12 @@ class TuningModule(LightningModule):
         """Builds the network and puts the tuning or the saved adapter into it, once."""
         if self.net is not None:
             return
-        self._check_base_dtype()
-        sharded = isinstance(self._strategy, ModelParallelStrategy)
+        self._check_strategy()
+        sharded = isinstance(self._strategy, FSDP2)
         with deferring(sharded) as weights:
             net = self.build()
+        if self._strategy is not None:
+            check_batch_norms(net, self._strategy)
         self._tune(net, torch.device("cpu") if sharded else None)
         self._matrices = {name for name, p in net.named_parameters() if p.ndim > 1}
         self.tuned = summary(net)
@@ -170,8 +173,6 @@ class TuningModule(LightningModule):
         mean, std = normalization(net)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        if self._trainer is not None:
-            check_batch_norms(net, self._trainer.strategy)
         self.net = net
         self.train(self.training)
 
@@ -196,13 +197,21 @@ class TuningModule(LightningModule):
         sync = self.trainer.strategy._layer_sync  # Lightning leaves sync_batchnorm to us here
         if sync is not None:
             sync.apply(net)
+        sources = weights.by_name(net)
         self.lockstep = shard(net, self.device_mesh["data_parallel"])
-        weights.fill(net, self.trainer.strategy.root_device)
+        fill(net, sources, self.trainer.strategy.root_device)
         if self.adapter is not None and "format" in (saved := read_config(self.adapter)):
             check_base(net, saved)
 
-    def _check_base_dtype(self) -> None:
-        """Raises if layers would meet inputs of another type than their weights'."""
+    def _check_strategy(self) -> None:
+        """Raises if the settings do not suit the strategy or the precision of the run."""
+        if isinstance(self._strategy, ModelParallelStrategy) and not isinstance(
+            self._strategy, FSDP2
+        ):
+            raise ValueError(
+                "take litflora.strategies.FSDP2 for ModelParallelStrategy: it evaluates each "
+                "image once, and its checkpoints hold what is trained"
+            )
         precision = None if self._trainer is None else self._trainer.precision
         if self.base_dtype is not None and isinstance(self._strategy, FSDPStrategy):
             raise ValueError(
@@ -277,17 +286,19 @@ class TuningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_validation_start(self) -> None:
-        """Shares the buffers, once: processes may have different numbers of batches.
+        """Shares running statistics, once: processes may have different numbers of batches.
 
-        DDP would do so in the first batch. The next training step makes it share them again.
+        DDP would share all buffers in each. The next training step makes it do so again.
         """
-        share_buffers(self)
+        assert self.net is not None
+        share_statistics(self.net)
         if isinstance(self.trainer.model, DistributedDataParallel):
             self.trainer.model.require_forward_param_sync = False
 
     def on_train_end(self) -> None:
-        """Shares the buffers of the last steps."""
-        share_buffers(self)
+        """Shares the statistics of the last steps."""
+        assert self.net is not None
+        share_statistics(self.net)
 
     def on_train_start(self) -> None:
         """Takes the seed of the run, unless a checkpoint has brought one."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from .adapters.fingerprint import running_buffers
+
 _NONE = object()
 PATIENCE = 3.0  # seconds
 
@@ -49,11 +51,11 @@ def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:
     return [torch.cat(parts)[order.to(values.device)]]
 
 
-def share_buffers(module: nn.Module) -> None:
-    """Gives all processes the buffers of the first: each has statistics of its own batches."""
+def share_statistics(net: nn.Module) -> None:
+    """Gives all processes the running statistics of the first: each has those of its batches."""
     if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+        for name in sorted(running_buffers(net)):
+            dist.broadcast(net.get_buffer(name), 0)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .adapters.layers import adapted_layers, has_own_op
-from .adapters.sharded import part_of, whole
+from .adapters.sharded import gathered, part_of
 from .backbones.blocks import blocks
 from .sharding import check_sharded
 
@@ -50,38 +50,44 @@ class FSDP2(ModelParallelStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates a batch; after its last one a process joins in the calls of others."""
-        return self._in_step(super().validation_step(*args, **kwargs))
+        with self.precision_plugin.val_step_context():
+            output = super().validation_step(*args, **kwargs)
+            self._join()
+        return output
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates a batch; after its last one a process joins in the calls of others."""
-        return self._in_step(super().test_step(*args, **kwargs))
+        with self.precision_plugin.test_step_context():
+            output = super().test_step(*args, **kwargs)
+            self._join()
+        return output
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Predicts a batch; after its last one a process joins in the calls of others."""
-        return self._in_step(super().predict_step(*args, **kwargs))
+        with self.precision_plugin.predict_step_context():
+            output = super().predict_step(*args, **kwargs)
+            self._join()
+        return output
 
-    def _in_step(self, output: Any) -> Any:
+    def _join(self) -> None:
         module: Any = self.lightning_module
         # Lightning tells no hook before the callbacks of the epoch's end, which talk among
         # processes themselves, that a batch is the last one; its loops know.
         if module.trainer._active_loop.batch_progress.is_last_batch:
             module.lockstep.finish()
-        return output
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gathers what checkpoints hold, one tensor after the other, and nothing of the base."""
         module: Any = self.lightning_module
         frozen = module.frozen_keys()
-        return {key: whole(v) for key, v in module.state_dict().items() if key not in frozen}
+        state = module.state_dict()
+        return gathered({key: value for key, value in state.items() if key not in frozen})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gathers the state of an optimizer, as that of one process."""
         state = optimizer.state_dict()
-        gathered = {
-            index: {key: _whole(value) for key, value in kept.items()}
-            for index, kept in state["state"].items()
-        }
-        return {**state, "state": gathered}
+        whole = {index: gathered(kept) for index, kept in state["state"].items()}
+        return {**state, "state": whole}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Reads a checkpoint; each process takes its parts of it in the two methods below."""
@@ -125,6 +131,11 @@ class FSDP1(FSDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Finds the blocks before any is wrapped."""
         module: Any = self.lightning_module
+        if hasattr(module, "inference") and self.world_size > 1:  # image by image, and in windows
+            raise ValueError(
+                "under FSDP1 processes cannot evaluate different images as segmentation does: "
+                "take litflora.strategies.FSDP2"
+            )
         for name, layer, _ in adapted_layers(module.net):
             if not has_own_op(layer):  # it puts W + dW where FSDP1 puts a view
                 raise ValueError(f"FSDP1 cannot run the adapted {name}: take FSDP2, or exclude it")
@@ -168,10 +179,6 @@ class FSDP1(FSDPStrategy):
                 f"under FSDP1 each process needs as many batches to evaluate, not {least:.0f} and "
                 f"{most:.0f}: set another batch size, or take litflora.strategies.FSDP2"
             )
-
-
-def _whole(value: Any) -> Any:
-    return whole(value) if isinstance(value, torch.Tensor) else value
 
 
 def _part(value: Any, parameter: torch.Tensor) -> Any:

@@ -23,7 +23,7 @@ from .fingerprint import base_tensors, check, fingerprint, first_difference, run
 from .inject import adapter_names, attach, check_name
 from .layers import Origin, adapted_layers, origin_of
 from .planning import Planned, resolve_modules
-from .sharded import is_sharded, whole, writes
+from .sharded import gathered, is_sharded, writes
 from .split import SplitDelta, part_info
 from .targets import candidates, refuse_lazy, refuse_unusable
 
@@ -435,9 +435,10 @@ def _swap_in(folder: Path, files: tuple[Path, ...]) -> None:
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], sharded: bool) -> None:
     """Writes both files under temporary names, then renames them."""
-    plain = {key: whole(tensor).contiguous().clone() for key, tensor in tensors.items()}
+    whole = gathered(tensors)
     if sharded and not writes():
         return
+    plain = {key: tensor.contiguous().clone() for key, tensor in whole.items()}
     try:
         json.dumps(config)
     except TypeError as error:

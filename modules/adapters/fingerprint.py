@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .layers import adapted_layers
 from .merging import base_weight
-from .sharded import whole
+from .sharded import whole, writes
 
 # How far two projections may differ where one base is a rounded copy of the other.
 ROUNDING = 1e-2
@@ -37,8 +37,16 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A short digest of each tensor: its type, a projection, and a hash of shape and values."""
-    return {name: _digest(tensor) for name, tensor in tensors.items()}
+    """A short digest of each tensor: its type, a projection, and a hash of shape and values.
+
+    Of sharded tensors every process must ask for it; those that do not write get none.
+    """
+    digests = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if not hasattr(tensor, "full_tensor") or writes():
+            digests[name] = _digest(full)
+    return digests
 
 
 def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
@@ -54,7 +62,7 @@ def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
             "Load the model that the adapter was trained on"
         )
     for name, digest in recorded.items():
-        here = _digest(tensors[name])
+        here = _digest(whole(tensors[name]))
         if not _same(digest, here):
             raise AdapterError(
                 f"the adapter was made for another base: the values of {name} differ "
@@ -63,7 +71,7 @@ def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
-    values = whole(tensor).contiguous()
+    values = tensor.detach().cpu().contiguous()
     content = hashlib.sha256(repr(tuple(values.shape)).encode())
     content.update(values.reshape(-1).view(torch.uint8).numpy().data)
     kind = str(values.dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ time of a call the whole ones. What reads all of a parameter is therefore called
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -28,9 +29,26 @@ def plain_name(name: str) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor on the CPU; of a sharded one only if every process asks for it."""
-    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered.detach().cpu()
+    """All of a tensor, where it is; of a sharded one only if every process asks for it."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def gathered(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """All of some tensors, on the CPU, for a file; every process must ask for those of a shard.
+
+    What is no tensor stays as it is. Processes that do not write get nothing of what is sharded.
+    """
+    kept = {}
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            kept[key] = value
+        elif not hasattr(value, "full_tensor"):
+            kept[key] = value.detach().cpu()
+        else:
+            full = whole(value)
+            if writes():
+                kept[key] = full.cpu()
+    return kept
 
 
 def rows_of(part: Any) -> tuple[int, int]:
@@ -43,7 +61,7 @@ def rows_of(part: Any) -> tuple[int, int]:
 
 def part_of(value: Tensor, like: Any) -> Tensor:
     """What this process holds of a whole tensor that is shared out as ``like`` is, if it is."""
-    if not hasattr(like, "full_tensor"):
+    if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     from torch.distributed.tensor import DTensor
 

@@ -1,6 +1,6 @@
 """Backbones built without their weights, of which each process later reads the part it holds.
 
-Parameters are on the meta device until `Deferred.fill`; buffers, heads and deltas are real from the
+Parameters are on the meta device until `fill`; buffers, heads and deltas are real from the
 start. timm loads a weights file as it always does, translating names and layouts, but into nothing:
 what it would have put where is noted, and read from the file when the network has been shared out.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -77,48 +77,31 @@ class Deferred:
     """Parameters that were built without memory, and where their values are.
 
     Attributes:
-        sources: By module and name of the parameter.
+        sources: By parameter.
         files: The files that are mapped while a model is built, by the address of their first byte.
     """
 
-    sources: dict[nn.Module, dict[str, Source]] = field(default_factory=dict)
+    sources: dict[nn.Parameter, Source] = field(default_factory=dict)
     files: dict[int, str] = field(default_factory=dict)
 
-    @torch.no_grad()
-    def fill(self, net: nn.Module, device: torch.device) -> None:
-        """Gives memory to every parameter that has none, and reads what this process holds of it.
-
-        Args:
-            net: The network, sharded (FSDP2) or not.
-            device: Where parameters without memory are put.
+    def by_name(self, net: nn.Module) -> dict[str, Source]:
+        """The sources of all parameters of a network that have no memory.
 
         Raises:
-            RuntimeError: There is a parameter whose values are nowhere.
+            RuntimeError: There is one whose values are nowhere.
         """
-        empty = [
-            (module, name)
-            for module in net.modules()
-            for name, p in module._parameters.items()
-            if p is not None and p.is_meta
-        ]
-        net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-        for module, name in empty:
-            source = self.sources.get(module, {}).get(name)
-            if source is None:
-                raise RuntimeError(f"{name} of {type(module).__name__} was built without values")
-            parameter = module._parameters[name]
-            assert parameter is not None
-            _read_into(parameter, source)
-        self.sources.clear()
+        empty = {name: p for name, p in net.named_parameters() if p.is_meta}
+        for name, parameter in empty.items():
+            if parameter not in self.sources:
+                raise RuntimeError(f"{name} was built without values")
+        return {name: self.sources[parameter] for name, parameter in empty.items()}
 
     def note(self, net: nn.Module, state: dict[str, Tensor]) -> None:
         """Remembers where a state dict has the values of parameters without memory."""
+        own = dict(net.named_parameters(remove_duplicate=False))
         for key, value in state.items():
-            layer, _, name = key.rpartition(".")
-            module = net.get_submodule(layer)
-            parameter = module._parameters.get(name)
-            if parameter is not None and parameter.is_meta:
-                self.sources.setdefault(module, {})[name] = Source.of(value, self.files)
+            if key in own and own[key].is_meta:
+                self.sources[own[key]] = Source.of(value, self.files)
 
     def load_file(self, path: str | Path, device: Any = "cpu") -> dict[str, Tensor]:
         """Does what safetensors' function does, but that pages are read when touched."""
@@ -173,7 +156,8 @@ def create_model(name: str, **options: Any) -> nn.Module:
         stack.enter_context(patch.object(safetensors.torch, "load_file", deferred.load_file))
         net = timm.create_model(name, pretrained=True, **options)
     deferred.files.clear()
-    lost = [key for key, source in _without(net, deferred) if source is None]
+    named = net.named_parameters()
+    lost = [name for name, p in named if p.is_meta and p not in deferred.sources]
     classifier = net.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     if all(key.rpartition(".")[0] in heads for key in lost):
@@ -207,13 +191,18 @@ def _mapped(path: str | Path) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def _without(net: nn.Module, deferred: Deferred) -> Iterator[tuple[str, Source | None]]:
-    """Every parameter without memory, and the source of its values if there is one."""
-    for prefix, module in net.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                source = deferred.sources.get(module, {}).get(name)
-                yield f"{prefix}.{name}".lstrip("."), source
+@torch.no_grad()
+def fill(net: nn.Module, sources: Mapping[str, Source], device: torch.device) -> None:
+    """Gives memory to every parameter that has none, and reads what this process holds of it.
+
+    Args:
+        net: The network, sharded (FSDP2) or not.
+        sources: Where the values of these parameters are, by name.
+        device: Where they are put.
+    """
+    net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    for name, source in sources.items():
+        _read_into(net.get_parameter(name), source)
 
 
 def _read_into(parameter: Tensor, source: Source) -> None:

@@ -128,7 +128,7 @@ def _save(
 def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str, Any]) -> None:
     frozen = module.frozen_keys()
     last = {key: v.clone() for key, v in module.state_dict().items() if key not in frozen}
-    best = torch.load(path, map_location=module.device, weights_only=True)
+    best = torch.load(path, "cpu", weights_only=True, mmap=True)  # moments stay in the file
     module.load_state_dict(best["state_dict"])
     save(module.net, folder, metadata=metadata)
     module.load_state_dict(last)  # fit leaves the last weights in the module, as always

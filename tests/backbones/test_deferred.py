@@ -15,7 +15,7 @@ from torch import nn
 from litflora.adapters import FLoRA, Full, check_base, inject, load, save
 from litflora.backbones import create
 from litflora.backbones import deferred as module
-from litflora.backbones.deferred import deferring
+from litflora.backbones.deferred import deferring, fill
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_it_is_the_same_model(name: str, size: int | None, classes: int, tmp_pat
     assert len(empty) >= len(list(net.parameters())) - 2  # all but a new head
     assert not any(b.is_meta for b in net.buffers())
     assert torch.equal(found, numbers)  # what is drawn next is what would have been drawn
-    weights.fill(net, CPU)
+    fill(net, weights.by_name(net), CPU)
     state = expected.state_dict()
     assert net.state_dict().keys() == state.keys()
     for key, value in net.state_dict().items():
@@ -58,7 +58,7 @@ def test_it_is_the_same_model(name: str, size: int | None, classes: int, tmp_pat
 
 def test_values_stay_in_the_file_until_they_are_wanted(tmp_path: Path) -> None:
     net, _, weights = deferred("test_vit", str(save_base(tmp_path)), 5, 32)
-    sources = {key: _source(weights, net, key) for key, _ in net.named_parameters()}
+    sources = weights.by_name(net)
     resampled = {key for key, source in sources.items() if source.values is not None}
     assert resampled == {"pos_embed"}
     state = load_file(tmp_path / "test_vit.safetensors")
@@ -66,16 +66,21 @@ def test_values_stay_in_the_file_until_they_are_wanted(tmp_path: Path) -> None:
     assert torch.equal(sources["blocks.1.mlp.fc1.weight"].read(3, 7), weight[3:10])
 
 
-def _source(weights: module.Deferred, net: nn.Module, key: str) -> module.Source:
-    layer, _, name = key.rpartition(".")
-    return weights.sources[net.get_submodule(layer)][name]
+def test_values_follow_parameters_into_other_modules(tmp_path: Path) -> None:
+    """As torch's conversion to synchronized batch norms moves them."""
+    file = str(save_base(tmp_path, "resnet18"))
+    net, _, weights = deferred("resnet18", file, 5)
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    fill(net, weights.by_name(net), CPU)
+    state = load_file(file)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 
 
 def test_other_formats_are_read_whole(tmp_path: Path) -> None:
     state = load_file(save_base(tmp_path))
     torch.save(state, tmp_path / "base.pth")
     net, _, weights = deferred("test_vit", str(tmp_path / "base.pth"), 5)
-    weights.fill(net, CPU)
+    fill(net, weights.by_name(net), CPU)
     for key, value in net.state_dict().items():
         assert torch.equal(value, state[key])
 
@@ -87,7 +92,7 @@ def test_the_head_of_weights_with_other_classes_starts_afresh(
     file = str(save_base(tmp_path, num_classes=1000))
     monkeypatch.setattr(module, "timm", _Hub(file))
     net, _, weights = deferred("test_vit", "pretrained", 7)
-    weights.fill(net, CPU)
+    fill(net, weights.by_name(net), CPU)
     assert net.head.weight.shape[0] == 7
     assert all(p.isfinite().all() for p in net.head.parameters())
     state = load_file(file)
@@ -133,7 +138,7 @@ def test_deltas_are_real_and_the_base_is_checked_afterwards(tmp_path: Path) -> N
     net, _, weights = deferred("test_vit", file, 5)
     config = load(net, tmp_path / "adapter", device=CPU)
     assert not any(p.is_meta for n, p in net.named_parameters() if ".adapters." in n)
-    weights.fill(net, CPU)
+    fill(net, weights.by_name(net), CPU)
     check_base(net, config)
     for key, value in net.state_dict().items():
         assert torch.equal(value, expected.state_dict()[key])
@@ -153,6 +158,6 @@ def test_what_an_adapter_trained_in_place_wins_over_the_file(tmp_path: Path) -> 
     save(tuned, tmp_path / "adapter")
     net, _, weights = deferred("test_vit", file, 5)
     load(net, tmp_path / "adapter", device=CPU)
-    weights.fill(net, CPU)
+    fill(net, weights.by_name(net), CPU)
     for key, value in net.state_dict().items():
         assert torch.equal(value, tuned.state_dict()[key]), key

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from litflora.adapters.sharded import whole
@@ -23,6 +23,7 @@ STRATEGIES = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp2": lambda: FSDP2("gloo"),
     "fsdp1": OnCPU,
+    "lightning": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
 }
 
 
@@ -73,7 +74,7 @@ class Watch(Callback):
 
 def parameters(module: LightningModule) -> dict[str, Tensor]:
     """Every parameter, whole; all processes must ask for them."""
-    return {name: whole(p).clone() for name, p in module.named_parameters()}
+    return {name: whole(p).cpu().clone() for name, p in module.named_parameters()}
 
 
 def fit(

@@ -56,6 +56,16 @@ def test_both_leave_the_same_adapter(tuning: str, two: Any, folder: Path) -> Non
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("strategy", TWO)
+def test_the_folder_holds_the_best_weights(strategy: str, two: Any, folder: Path) -> None:
+    own = folder / "files" / "Full" / strategy
+    found = load_file(own / "adapter" / "adapter_model.safetensors")
+    best = torch.load(own / "best.ckpt", weights_only=True)
+    assert best["epoch"] == 0  # the second was spoiled
+    for key, value in found.items():
+        assert torch.equal(best["state_dict"][f"net.{key}"], value), key
+
+
 def test_a_single_process_loads_and_merges_what_a_sharded_run_left(two: Any, folder: Path) -> None:
     images = torch.rand(2, 3, 32, 32)
     outputs = []
@@ -174,3 +184,5 @@ def test_what_is_refused_of_a_sharded_model(two: Any) -> None:
         assert "log_scale trains and is not sharded" in said["unsharded"]
         assert "take trainer.strategy ddp" in said["EMA"]
         assert "the model is sharded" in said["merge"]
+        assert "take litflora.strategies.FSDP2" in said["Lightning's"]
+        assert "take litflora.strategies.FSDP2" in said["windows"]

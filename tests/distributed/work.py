@@ -82,12 +82,27 @@ def files(base: Path, folder: Path) -> Found:
         made = module("convnext_shapes", tuning, base)
         own = folder / tuning / strategy
         data = runs.shapes(2, steps=3)
-        _, trainer = runs.fit(made, strategy, own, data, callbacks=[AdapterFolder()])
+        callbacks: list[Callback] = [AdapterFolder()]
+        if tuning == "Full":  # the folder then has the best
+            callbacks += [ModelCheckpoint(own, "best", "val/loss"), Spoil()]
+        options = {"enable_checkpointing": True, "max_epochs": 2}
+        _, trainer = runs.fit(made, strategy, own, data, callbacks=callbacks, **options)
         if tuning == "LoRA":
             peft = folder / "peft" / strategy
             if strategy == "fsdp2" or trainer.is_global_zero:
                 save(made.net, peft, format="peft")
     return {}
+
+
+class Spoil(Callback):
+    """Makes the second epoch worse than the first."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = group["initial_lr"] = 1.0
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler.base_lrs = [1.0] * len(config.scheduler.base_lrs)
 
 
 def memory(base: Path, folder: Path) -> Found:
@@ -129,6 +144,7 @@ def variants(base: Path, folder: Path) -> Found:
     for strategy in TWO:
         made = module("test_vit", "FLoRA", base, base_dtype="bfloat16")
         data = runs.shapes(2, steps=3)
+        data.batch_size = 3  # four batches to evaluate for the one, three for the other
         left, _ = runs.fit(made, strategy, folder, data, precision="bf16-mixed")
         found["bfloat16", strategy] = left, {n: p.dtype for n, p in made.named_parameters()}
     return found
@@ -261,7 +277,12 @@ def mistakes(base: Path, folder: Path) -> Found:
         "unsharded": _refused(_Weighed("convnext_shapes", 10, weights="embedded"), folder),
         "EMA": _refused(module("test_vit", "LoRA", base), folder, callbacks=[EMA()]),
         "merge": _refused(module("test_vit", "LoRA", base), folder, callbacks=[_Merging()]),
+        "Lightning's": _refused(module("test_vit", "LoRA", base), folder, "lightning"),
+        "windows": _refused(SegmentationModule(**SEGMENTS), folder, "fsdp1"),
     }
+
+
+SEGMENTS: dict[str, Any] = {"backbone": "convnext_shapes", "num_classes": 11, "weights": "embedded"}
 
 
 def cells(base: Path, folder: Path) -> dict[matrix.Cell, matrix.Result]:
@@ -282,9 +303,9 @@ class _Merging(Callback):
         merge(pl_module.net)
 
 
-def _refused(made: Any, folder: Path, **options: Any) -> str:
+def _refused(made: Any, folder: Path, strategy: str = "fsdp2", **options: Any) -> str:
     try:
-        runs.fit(made, "fsdp2", folder, runs.shapes(2, steps=1), **options)
+        runs.fit(made, strategy, folder, runs.shapes(2, steps=1), **options)
     except ValueError as error:
         return str(error)
     return "nothing was raised"

@@ -21,10 +21,7 @@ from litflora.datamodules.base import ClassificationDataModule, Samples
 from litflora.module import from_adapter
 from litflora.processes import check_batch_norms, interleaved
 
-pytestmark = [
-    pytest.mark.xdist_group("processes"),  # one start of its fixtures
-    pytest.mark.filterwarnings("ignore:weights is null"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:weights is null")
 
 SIZE = 32
 SHAPES = {"weights": "embedded", "img_size": SIZE, "head_width": 32}

@@ -11,8 +11,6 @@ from models import Vision
 from sharding import GLOO, Sizes, blocks, held, payloads, sent
 from torch import nn
 
-pytestmark = pytest.mark.xdist_group("scaling")  # one start of its fixtures
-
 TINY = Vision(batch=2, size=160, name="test_vit")
 
 

@@ -53,8 +53,7 @@ def callback(name: str, **options: Any) -> tuple[str, str]:
 
 def left(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The adapter's config and the checkpoint, but for the state of finders."""
-    (saved,) = (run / "checkpoints").glob("*.ckpt")
-    checkpoint = torch.load(saved, weights_only=True)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["callbacks"] = {
         name: state for name, state in checkpoint["callbacks"].items() if "Finder" not in name
     }

@@ -9,8 +9,6 @@ import pytest
 
 from . import matrix
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

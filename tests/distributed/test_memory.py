@@ -14,7 +14,6 @@ from .memory import save_random, sharded_memory
 GIANT = "vit_giant_patch14_224"
 
 
-@pytest.mark.xdist_group("distributed")
 def test_saving_gathers_what_is_trained(two: Any) -> None:
     for rank in two:
         found = rank["memory"]
@@ -24,7 +23,6 @@ def test_saving_gathers_what_is_trained(two: Any) -> None:
     assert two[0]["memory"]["everything"] > 0.9 * two[0]["memory"]["base"]
 
 
-@pytest.mark.xdist_group("distributed")
 def test_no_process_builds_the_whole_model(two: Any) -> None:
     for rank in two:
         assert rank["memory"]["build"] < 0.6 * rank["memory"]["base"]

@@ -18,8 +18,6 @@ from litflora.precision import hold_base
 from . import runs, work
 from .work import CASES, TWO
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 @pytest.mark.parametrize(("backbone", "tuning"), CASES)
 def test_two_processes_train_as_one(

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonargparse
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
-from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from . import adapters
 from .adapters import (
     FLoRA,
-    PerModule,
     Summary,
     Tuning,
     check_base,
@@ -37,9 +32,17 @@ from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
 from .backbones.blocks import check_checkpointing, checkpoint_activations
 from .backbones.deferred import Deferred, deferring, fill
+from .description import describe, plain_hyperparameters
 from .drawing import Drawing
 from .heads import classifier_names
-from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
+from .optim import (
+    OneCycle,
+    build_optimizer,
+    default_optimizer,
+    may_fuse,
+    methods_of,
+    scheduler_config,
+)
 from .precision import BaseDtype, hold_base
 from .processes import check_batch_norms, share_statistics
 from .resuming import mend_epoch_end, seed_batch, step_watching_schedules
@@ -140,7 +143,7 @@ class TuningModule(LightningModule):
         self.strict_loading = False  # checkpoints are partial; load_state_dict does the checking
         self.save_hyperparameters()
         if "_instantiator" not in self.hparams:  # made in Python, not by the command line
-            self._save_plain_hyperparameters()
+            self.save_hyperparameters(plain_hyperparameters(self), ignore=_FACTORIES)
 
     def build(self) -> nn.Module:
         """Makes the network with its base weights, before any tuning."""
@@ -269,7 +272,7 @@ class TuningModule(LightningModule):
         origin = origin_of(self.net, "default").tuning  # of a loaded adapter, too
         method, factors = methods_of(origin or self.tuning_of(self.net).to_dict())
         optimizer = build_optimizer(
-            self.optimizer_factory or default_optimizer(method, _may_fuse(self._trainer)),
+            self.optimizer_factory or default_optimizer(method, may_fuse(self._trainer)),
             self.net,
             classifier_names(self.net),
             self.head_lr,
@@ -373,12 +376,6 @@ class TuningModule(LightningModule):
         frozen = (name for name, p in named if not p.requires_grad and ".adapters." not in name)
         return set(map(plain_name, frozen))
 
-    def _save_plain_hyperparameters(self) -> None:
-        plain = {key: _plain(value) for key, value in self.hparams.items()}
-        plain["_class_path"] = _path_of(type(self))
-        plain["_instantiator"] = _path_of(instantiate_module)
-        self.save_hyperparameters(plain, ignore=_FACTORIES)
-
 
 def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     """Makes the module that a saved adapter belongs to, from the adapter's folder alone.
@@ -400,35 +397,9 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     return instantiate_module(cls, {**saved["init_args"], "adapter": str(folder), **overrides})
 
 
-def describe(module: Any, paths: tuple[str, ...]) -> dict[str, Any]:
-    """Class path and init arguments of anything with ``hparams``.
-
-    Args:
-        module: A LightningModule or LightningDataModule that saves its hyper-parameters.
-        paths: Names of the arguments that may hold a path, to be made absolute.
-    """
-    init_args = {k: _plain(v) for k, v in module.hparams.items() if not k.startswith("_")}
-    for key in paths:
-        if init_args.get(key) is not None and os.path.exists(init_args[key]):
-            init_args[key] = os.path.abspath(init_args[key])
-    return {"class_path": _path_of(type(module)), "init_args": init_args}
-
-
 def unit_range(images: Tensor) -> Tensor:
     """Images as floats in [0, 1]; floats are taken to be so already."""
     return images if images.is_floating_point() else images.float() / 255
-
-
-def _may_fuse(trainer: Trainer | None) -> bool:
-    """Whether a step may unscale its gradients itself, as fused ones do.
-
-    Lightning clips none that are to be unscaled so late: in mixed precision it refuses, and under
-    FSDP it would clip them scaled. Without a Trainer nobody knows what else is done to them.
-    """
-    if trainer is None or isinstance(trainer.precision_plugin, FSDPPrecision):
-        return False
-    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
-    return not (mixed and trainer.gradient_clip_val)
 
 
 def _whole_heads(net: nn.Module, tuning: dict[str, Any]) -> list[str]:
@@ -440,23 +411,3 @@ def _whole_heads(net: nn.Module, tuning: dict[str, Any]) -> list[str]:
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _path_of(thing: Any) -> str:
-    public = getattr(adapters, thing.__name__, None) is thing  # not where it happens to be defined
-    module = adapters.__name__ if public else thing.__module__
-    return f"{module}.{thing.__qualname__}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PerModule):
-        modules = {name: _plain(tuning) for name, tuning in value.modules.items()}
-        return {"class_path": _path_of(PerModule), "init_args": {"modules": modules}}
-    if isinstance(value, Tuning):
-        settings = dataclasses.asdict(value)
-        for key in ("targets", "exclude"):
-            named = settings.get(key)
-            if any(isinstance(t, type) for t in (named if isinstance(named, list) else [named])):
-                raise ValueError(f"{key}: a checkpoint holds no classes; give a keyword or a glob")
-        return {"class_path": _path_of(type(value)), "init_args": settings}
-    return str(value) if isinstance(value, Path) else value

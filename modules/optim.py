@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -87,6 +89,18 @@ def default_optimizer(tuning: str, may_fuse: bool = True) -> Callable[..., Optim
         may_fuse: Whether the step is torch's fused one where every parameter allows it.
     """
     return partial(_adamw, may_fuse=may_fuse, lr=_rate(tuning), weight_decay=0.05)
+
+
+def may_fuse(trainer: Trainer | None) -> bool:
+    """Whether a step may unscale its gradients itself, as fused ones do.
+
+    Lightning clips none that are to be unscaled so late: in mixed precision it refuses, and under
+    FSDP it would clip them scaled. Without a Trainer nobody knows what else is done to them.
+    """
+    if trainer is None or isinstance(trainer.precision_plugin, FSDPPrecision):
+        return False
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    return not (mixed and trainer.gradient_clip_val)
 
 
 def methods_of(tuning: dict[str, Any]) -> tuple[str, dict[str, float]]:

@@ -16,8 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import AdamW
 
 from litflora.adapters import FLoRA, Full, LoRA, inject
-from litflora.module import _may_fuse
-from litflora.optim import LEARNING_RATES, OTHERS, default_optimizer
+from litflora.optim import LEARNING_RATES, OTHERS, default_optimizer, may_fuse
 
 TUNINGS = [FLoRA(rank=2), LoRA(rank=2), Full()]
 
@@ -103,9 +102,9 @@ def test_steps_are_fused_unless_gradients_are_clipped_in_mixed_precision(
 
 def test_nothing_is_fused_under_fsdp_or_without_a_trainer(base, tmp_path):
     run = trainer(tmp_path)
-    assert _may_fuse(run)
+    assert may_fuse(run)
     run.strategy.precision_plugin = FSDPPrecision("bf16-mixed")
-    assert not _may_fuse(run)
+    assert not may_fuse(run)
     made = module(base, lr_scheduler=None)
     made.configure_model()
     assert made.configure_optimizers().defaults["fused"] is None

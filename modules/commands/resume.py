@@ -117,21 +117,20 @@ def check_unfinished(
         )
 
 
-def prepare(run: Path, logger: Any, checkpoint: Checkpoint) -> None:
+def prepare(run: Path, logger: Any, step: int) -> None:
     """Readies the folder of a run that goes on, and says from where.
 
     Args:
         run: The folder.
         logger: The logger of the run.
-        checkpoint: What it goes on from, empty if it had not saved anything.
+        step: The step that it goes on from, 0 if it had saved nothing.
     """
     for folder in (run, run / "checkpoints"):
         for path in leftovers(folder) if folder.is_dir() else []:
             remove(path)
-    step = checkpoint.get("global_step", 0)
     if isinstance(logger, CSVLogger):
         go_on_with_metrics(logger, step)
-    where = f"goes on after step {step}" if checkpoint else "starts anew: it had saved nothing"
+    where = f"goes on after step {step}" if step else "starts anew: it had saved nothing"
     tell(f"resume   {run} {where}")
 
 

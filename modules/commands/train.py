@@ -210,18 +210,18 @@ class LitFloraCLI(LightningCLI):
             config.ckpt_path = last_checkpoint(self.trainer)
         if subcommand == "predict":  # callbacks write them, and all of them may fill the memory
             config.return_predictions = False
-        checkpoint = self._checkpoint(config.get("ckpt_path"))
+        step = self._first_step(config.get("ckpt_path"))
         first = self.trainer.is_global_zero
         if self.resumed is not None and first:
-            resume.prepare(self.resumed, self.trainer.logger, checkpoint)
+            resume.prepare(self.resumed, self.trainer.logger, step)
         new = first and self.resumed is None
         with removed_on_mistake(own_folder(self.trainer) if new else None):
             super()._run_subcommand(subcommand)
 
-    def _checkpoint(self, path: str | None) -> resume.Checkpoint:
-        """What the run starts from, once it is known to be good; nothing for a fresh start."""
+    def _first_step(self, path: str | None) -> int:
+        """The step of the checkpoint to start from, once that is known to be good; else 0."""
         if path is None or path in ("best", "hpc", "registry"):
-            return {}
+            return 0
         checkpoint = resume.read_checkpoint(path)
         if self.command == "fit":
             # A run that was killed before it wrote its adapter has that to do.
@@ -230,7 +230,7 @@ class LitFloraCLI(LightningCLI):
                 resume.check_unfinished(path, checkpoint, max_epochs, max_steps)
             for line in resume.differences(checkpoint, self.model, self.datamodule):
                 resume.tell(line)
-        return checkpoint
+        return checkpoint.get("global_step", 0)
 
 
 def run(command: str, args: list[str]) -> None:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from .samplers import EpochSampler, KeySampler, ResumableLoader
 from .splits import few_shot
@@ -116,7 +117,6 @@ class TuningDataModule(LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         at_least = {
-            "batch_size": (batch_size, 1),
             "num_workers": (num_workers, 0),
             "seed": (seed, 0),
         }
@@ -127,6 +127,16 @@ class TuningDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.datasets: dict[str, Any] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch of one process; loaders made afterwards follow it."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        check_at_least("batch_size", value, 1)
+        self._batch_size = value
 
     @property
     def num_classes(self) -> int:
@@ -151,6 +161,7 @@ class TuningDataModule(LightningDataModule):
         for name in _SPLITS_OF_STAGE[stage]:
             if name not in self.datasets:
                 self.datasets[name] = self._dataset(name)
+            self._check_shares(name)
 
     def _dataset(self, name: str) -> SeededDataset:
         return self.split(name)
@@ -165,31 +176,52 @@ class TuningDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order drawn anew each epoch."""
-        ranks = self.trainer and self.trainer.distributed_sampler_kwargs
-        options = {**(ranks or {"num_replicas": 1, "rank": 0}), "seed": self.seed}
+        options = {**self._ranks, "seed": self.seed}
         return self._loader("train", self.batch_size, self._sampler(options))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches in the split's own order."""
-        return self._loader("val", self._eval_batch_size)
+        return self._loader("val", self._eval_batch_size, self._share("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches in the split's own order."""
-        return self._loader("test", self._eval_batch_size)
+        return self._loader("test", self._eval_batch_size, self._share("test"))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches with names in place of what is to be predicted, in the split's own order."""
-        return self._loader("predict", self._eval_batch_size)
+        return self._loader("predict", self._eval_batch_size, self._share("predict"))
 
     @property
     def _eval_batch_size(self) -> int:
         return self.batch_size
 
+    @property
+    def _ranks(self) -> dict[str, Any]:
+        """How many processes share the data, and which of them this is."""
+        ranks = self.trainer and self.trainer.distributed_sampler_kwargs
+        return ranks or {"num_replicas": 1, "rank": 0}
+
+    def _share(self, name: str) -> DistributedSampler[int]:
+        """This process's samples of a split, each of which one process has.
+
+        Lightning's default repeats some until all processes have as many.
+        """
+        return UnrepeatedDistributedSampler(self.datasets[name], shuffle=False, **self._ranks)
+
+    def _check_shares(self, name: str) -> None:
+        """Raises if a process would have nothing to evaluate, and the others wait for it."""
+        count, processes = len(self.datasets[name]), self._ranks["num_replicas"]
+        if name != "train" and 0 < count < processes:
+            raise ValueError(
+                f"the {name} split has {count} samples, and each of {processes} processes needs "
+                f"one: set trainer.devices to {count} or less"
+            )
+
     def _sampler(self, options: dict[str, Any]) -> KeySampler:
         return EpochSampler(self.datasets["train"], **options)
 
     def _loader(
-        self, name: str, batch_size: int, sampler: KeySampler | None = None
+        self, name: str, batch_size: int, sampler: DistributedSampler[int]
     ) -> DataLoader[Any]:
         workers = min(self.num_workers, os.cpu_count() or 1)  # more would only wait for each other
         kind = ResumableLoader if isinstance(sampler, KeySampler) else DataLoader
@@ -197,7 +229,7 @@ class TuningDataModule(LightningDataModule):
             self.datasets[name],
             batch_size=batch_size,
             sampler=sampler,
-            drop_last=self.whole_batches and sampler is not None and len(sampler) >= batch_size,
+            drop_last=self.whole_batches and name == "train" and len(sampler) >= batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

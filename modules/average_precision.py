@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
+
+from .processes import gathered
 
 # What is logged of torchmetrics' summary, and what it is called there.
 SUMMARY = {
@@ -64,3 +68,13 @@ class AveragePrecision(MeanAveragePrecision):
             if self.per_class:
                 told[f"{kind}_map_per_class"] = found[f"{prefix}map_per_class"]
         return {**told, "classes": found["classes"]} if self.per_class else told
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """Gathers the images of all processes, in the order of one.
+
+        torchmetrics gathers every tensor of an image on its own, which does not end where processes
+        have different numbers of images, and it has no other place to change that.
+        """
+        states = apply_to_collection(self.metric_state, Tensor, Tensor.cpu)
+        for name, images in states.items():
+            setattr(self, name, gathered(images))

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import CatMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassF1Score,
 )
+from torchmetrics.utilities import dim_zero_cat
 from torchvision.transforms import v2
 
 from . import backbones
@@ -25,8 +26,21 @@ from .classes import ClassesModule, check_length
 from .drawing import Drawing, LabelDrawing
 from .module import unit_range
 from .optim import OneCycle
+from .precision import BaseDtype
+from .processes import gather_in_order
 
 Batch = tuple[Tensor, Tensor]
+
+
+class SampleMean(CatMetric):
+    """The mean over samples, bit for bit the same however they are spread over processes."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable", dist_sync_fn=gather_in_order)
+
+    def compute(self) -> Tensor:
+        """The mean of all values so far."""
+        return dim_zero_cat(self.value).mean()
 
 
 class ClassificationModule(ClassesModule):
@@ -52,6 +66,7 @@ class ClassificationModule(ClassesModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
@@ -59,6 +74,8 @@ class ClassificationModule(ClassesModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         drop_path: float = 0.0,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -74,6 +91,7 @@ class ClassificationModule(ClassesModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             label_smoothing: Share of each label that is spread over all classes.
@@ -82,6 +100,10 @@ class ClassificationModule(ClassesModule):
             cutmix: Alpha of cutmix; 0 is none.
             drop_path: Probability that the last block of the backbone is left out in training;
                 that of earlier blocks falls to 0 (stochastic depth).
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__(
             num_classes=num_classes,
@@ -91,8 +113,11 @@ class ClassificationModule(ClassesModule):
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            lr=lr,
             head_lr=head_lr,
             layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
         )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
@@ -108,6 +133,7 @@ class ClassificationModule(ClassesModule):
         weight = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weight, persistent=False)
         self.mix = _mixing(mixup, cutmix, num_classes)
+        self.val_loss, self.test_loss = SampleMean(), SampleMean()
         metrics = _metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
@@ -151,11 +177,11 @@ class ClassificationModule(ClassesModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Updates the validation metrics."""
-        self._evaluate(batch, "val", self.val_metrics)
+        self._evaluate(batch, "val", self.val_loss, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Updates the test metrics; returns ``probs`` and ``labels`` for callbacks."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, "test", self.test_loss, self.test_metrics)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
         """Returns the ``paths`` of the images and the ``probs`` of the classes."""
@@ -166,11 +192,13 @@ class ClassificationModule(ClassesModule):
         weight, smoothing = self.class_weights, self.label_smoothing
         return F.cross_entropy(logits.float(), labels, weight=weight, label_smoothing=smoothing)
 
-    def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> dict[str, Tensor]:
+    def _evaluate(
+        self, batch: Batch, stage: str, loss: Metric, metrics: MetricCollection
+    ) -> dict[str, Tensor]:
         images, labels = batch
         logits = self(images).float()
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True)
+        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.log(f"{stage}/loss", loss, batch_size=len(images))
         probs = logits.softmax(-1)
         metrics.update(probs, labels)
         for name, metric in metrics.items():
@@ -184,7 +212,7 @@ def _metrics(num_classes: int) -> MetricCollection:
             "acc": MulticlassAccuracy(num_classes, average="micro"),
             "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
             "f1": MulticlassF1Score(num_classes, average="macro"),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+            "ece": MulticlassCalibrationError(num_classes, dist_sync_fn=gather_in_order),
         },
         # Groups are guessed from the first batch: if it is all right, top5 would follow acc.
         compute_groups=False,

@@ -18,6 +18,7 @@ from .drawing import BoxDrawing, Drawing
 from .heads.detection import DetectionNet, Target
 from .heads.detectors import check_detector, finest_stride
 from .optim import OneCycle
+from .precision import BaseDtype
 
 TrainBatch = tuple[Tensor, list[Target]]
 # Images of an evaluation keep their own sizes.
@@ -53,9 +54,12 @@ class DetectionModule(DenseModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         drop_path: float = 0.0,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -83,10 +87,15 @@ class DetectionModule(DenseModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of all but the backbone; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             drop_path: Probability that the last block of the backbone is left out in training;
                 that of earlier blocks falls to 0 (stochastic depth).
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__(
             num_classes=num_classes,
@@ -98,8 +107,11 @@ class DetectionModule(DenseModule):
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            lr=lr,
             head_lr=head_lr,
             layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
         )
         check_detector(detector, detector_options or {})
         if anchor_scale is not None and not anchor_scale > 0:
@@ -245,7 +257,10 @@ class DetectionModule(DenseModule):
         return {"names": list(names), "found": self(images)}
 
     def _log_precisions(self, stage: str, metric: AveragePrecision) -> None:
+        # All processes have the same, which the greatest of them is: a mean would be rounded.
+        options = {"sync_dist": True, "reduce_fx": "max"}
         for name, value in metric.compute().items():
             if name != "classes" and not name.endswith("per_class"):
-                self.log(f"{stage}/{name}", value, prog_bar=name.endswith("map50"))
+                shown = name.endswith("map50")
+                self.log(f"{stage}/{name}", float(value), prog_bar=shown, **options)
         metric.reset()

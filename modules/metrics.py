@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchmetrics.utilities import dim_zero_cat
 
 from .losses import IGNORED
+from .processes import gather_in_order
 
 
 def segmentation_metrics(num_classes: int) -> MetricCollection:
@@ -90,17 +92,15 @@ class BoundaryFScore(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    total: Tensor
-    images: Tensor
+    scores: list[Tensor]
 
     def __init__(self, num_classes: int, tolerance: float = 0.0075, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(dist_sync_fn=gather_in_order, **kwargs)
         if not 0.0 <= tolerance < 1.0:
             raise ValueError(f"tolerance is a share of the diagonal in [0, 1), not {tolerance}")
         self.num_classes = num_classes
         self.tolerance = tolerance
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("scores", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Counts an image.
@@ -119,12 +119,11 @@ class BoundaryFScore(Metric):
         precision = right_drawn / all_drawn.clamp(min=1)
         recall = right_true / all_true.clamp(min=1)
         f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-        self.total += f1.sum() / here.sum().clamp(min=1)
-        self.images += here.any()
+        self.scores.append((f1.sum() / here.sum()).view(1))  # nan where there is no boundary
 
     def compute(self) -> Tensor:
         """The mean score of the images."""
-        return self.total / self.images
+        return dim_zero_cat(self.scores).nanmean()
 
     def _counts(self, pixels: Tensor, others: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """Boundary pixels of each class that lie near one of its others, and all of them."""

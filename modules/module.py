@@ -13,19 +13,37 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from . import adapters
-from .adapters import FLoRA, PerModule, Tuning, inject, load, read_config
+from .adapters import (
+    FLoRA,
+    PerModule,
+    Summary,
+    Tuning,
+    check_base,
+    inject,
+    load,
+    read_config,
+    summary,
+)
 from .adapters.layers import origin_of
+from .adapters.sharded import part_of, plain_name
 from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
+from .backbones.blocks import check_checkpointing, checkpoint_activations
+from .backbones.deferred import Deferred, deferring
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import OneCycle, build_optimizer, default_optimizer, methods_of, scheduler_config
+from .precision import BaseDtype, hold_base
+from .processes import check_batch_norms, share_buffers
 from .resuming import mend_epoch_end, seed_batch, step_watching_schedules
+from .sharding import Lockstep, shard
 
 # Lets `class_path: litflora.adapters.LoRA` stand for the base class. It is said here, not in the
 # command line, since load_from_checkpoint parses a module's arguments too.
@@ -34,6 +52,8 @@ jsonargparse.set_parsing_settings(subclasses_enabled=[Tuning])
 # The command line gives plain values for these, Python gives functions.
 _DATA_PATHS = ("root", "predict_root")
 _FACTORIES = ("optimizer", "lr_scheduler")
+# How memory is saved in training; an adapter is the same without.
+_OF_TRAINING = ("activation_checkpointing", "base_dtype")
 # What can stand for weights without being a path.
 _TAGS = ("pretrained", "embedded")
 
@@ -53,12 +73,16 @@ class TuningModule(LightningModule):
         monitor: The metric that says how good the model is.
         drawing: How the task draws its samples, and what the model makes of them.
         net: The network, None before ``configure_model``.
+        tuned: What is adapted and trained of it, None before ``configure_model``.
+        lockstep: Keeps processes together that hold parts of the network; None if there are none.
     """
 
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
     drawing: ClassVar[type[Drawing]]
     net: nn.Module | None
+    tuned: Summary | None = None
+    lockstep: Lockstep | None = None
     mean: Tensor
     std: Tensor
 
@@ -69,8 +93,11 @@ class TuningModule(LightningModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; nothing is built yet.
 
@@ -82,21 +109,31 @@ class TuningModule(LightningModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of the head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__()
-        if head_lr is not None and head_lr < 0:
-            raise ValueError(f"head_lr must be 0 or more, not {head_lr}")
+        for name, rate in {"lr": lr, "head_lr": head_lr}.items():
+            if rate is not None and rate < 0:
+                raise ValueError(f"{name} must be 0 or more, not {rate}")
         if layer_decay is not None and not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], not {layer_decay}")
+        check_checkpointing(activation_checkpointing)
         self.weights = weights
         self.tuning = FLoRA() if tuning is None else tuning
         self.adapter = adapter
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
+        self.lr = lr
         self.head_lr = head_lr
         self.layer_decay = layer_decay
+        self.activation_checkpointing = activation_checkpointing
+        self.base_dtype = base_dtype
         self.net = None
         self._seed: int | None = None
         self.strict_loading = False  # checkpoints are partial; load_state_dict does the checking
@@ -116,21 +153,65 @@ class TuningModule(LightningModule):
         """Builds the network and puts the tuning or the saved adapter into it, once."""
         if self.net is not None:
             return
-        net = self.build()
-        tuning = self.tuning_of(net)
-        if self.adapter is None:
-            inject(net, with_targets(net, tuning), train=_whole_heads(net, tuning.to_dict()))
-        else:
-            saved = load(net, self.adapter).get("tuning") or tuning.to_dict()
-            for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
-                net.get_submodule(head).requires_grad_(True)
+        self._check_base_dtype()
+        sharded = isinstance(self._strategy, ModelParallelStrategy)
+        with deferring(sharded) as weights:
+            net = self.build()
+        self._tune(net, torch.device("cpu") if sharded else None)
+        self._matrices = {name for name, p in net.named_parameters() if p.ndim > 1}
+        self.tuned = summary(net)
+        if self.base_dtype is not None:
+            hold_base(net, getattr(torch, self.base_dtype))
+        checkpoint_activations(net, self.activation_checkpointing)
+        if sharded:
+            self._shard(net, weights)
         if self.weights is None and not all(p.requires_grad for p in net.parameters()):
             rank_zero_warn("weights is null: the frozen base is random, and no run can remake it")
         mean, std = normalization(net)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        if self._trainer is not None:
+            check_batch_norms(net, self._trainer.strategy)
         self.net = net
         self.train(self.training)
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self._trainer.strategy
+
+    def _tune(self, net: nn.Module, device: torch.device | None) -> None:
+        """Puts the tuning or the saved adapter into the network, deltas on a device."""
+        tuning = self.tuning_of(net)
+        if self.adapter is None:
+            heads = _whole_heads(net, tuning.to_dict())
+            inject(net, with_targets(net, tuning), train=heads, device=device)
+            return
+        saved = load(net, self.adapter, device=device).get("tuning") or tuning.to_dict()
+        for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
+            net.get_submodule(head).requires_grad_(True)
+
+    def _shard(self, net: nn.Module, weights: Deferred) -> None:
+        """Shares the network out, and reads this process's part of its weights."""
+        assert self.device_mesh is not None
+        sync = self.trainer.strategy._layer_sync  # Lightning leaves sync_batchnorm to us here
+        if sync is not None:
+            sync.apply(net)
+        self.lockstep = shard(net, self.device_mesh["data_parallel"])
+        weights.fill(net, self.trainer.strategy.root_device)
+        if self.adapter is not None and "format" in (saved := read_config(self.adapter)):
+            check_base(net, saved)
+
+    def _check_base_dtype(self) -> None:
+        """Raises if layers would meet inputs of another type than their weights'."""
+        precision = None if self._trainer is None else self._trainer.precision
+        if self.base_dtype is not None and isinstance(self._strategy, FSDPStrategy):
+            raise ValueError(
+                "FSDP1 takes parameters of one type: leave base_dtype out, or use FSDP2"
+            )
+        if self.base_dtype is not None and precision not in (None, "bf16-mixed"):
+            raise ValueError(
+                f"base_dtype {self.base_dtype} needs trainer.precision bf16-mixed, not {precision}"
+            )
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """What is trained of ``net``, besides the heads that a `PerModule` does not name."""
@@ -162,7 +243,7 @@ class TuningModule(LightningModule):
         if loss is not None and not loss.isfinite():
             rank_zero_warn(
                 f"train/loss is {loss.item()} after epoch {self.current_epoch}: stop, and train "
-                "with a lower learning rate (--model.optimizer AdamW --model.optimizer.lr VALUE)"
+                "with a lower learning rate (--model.lr VALUE)"
             )
 
     def train(self, mode: bool = True) -> TuningModule:
@@ -185,6 +266,8 @@ class TuningModule(LightningModule):
             self.head_lr,
             self.layer_decay,
             None if self.optimizer_factory else factors,
+            self.lr,
+            self._matrices,
         )
         if self.scheduler_factory is None:
             return optimizer
@@ -192,6 +275,19 @@ class TuningModule(LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         config = scheduler_config(scheduler, total_steps, self.monitor)
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_validation_start(self) -> None:
+        """Shares the buffers, once: processes may have different numbers of batches.
+
+        DDP would do so in the first batch. The next training step makes it share them again.
+        """
+        share_buffers(self)
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_forward_param_sync = False
+
+    def on_train_end(self) -> None:
+        """Shares the buffers of the last steps."""
+        share_buffers(self)
 
     def on_train_start(self) -> None:
         """Takes the seed of the run, unless a checkpoint has brought one."""
@@ -224,10 +320,11 @@ class TuningModule(LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a full or a partial state; only frozen parameters may be missing from it."""
-        own = {key: value.shape for key, value in self.state_dict().items()}
+        own = self.state_dict()
         missing = own.keys() - state_dict.keys() - self.frozen_keys()
         unexpected = state_dict.keys() - own.keys()
-        reshaped = [k for k in own.keys() & state_dict.keys() if own[k] != state_dict[k].shape]
+        common = own.keys() & state_dict.keys()
+        reshaped = [key for key in common if own[key].shape != state_dict[key].shape]
         problems = {"lacks": missing, "does not expect": unexpected, "differs at": reshaped}
         told = [f"{verb} {min(keys)} ({len(keys)})" for verb, keys in problems.items() if keys]
         if told:
@@ -235,13 +332,19 @@ class TuningModule(LightningModule):
                 f"the checkpoint was made with another backbone, tuning or number of classes: "
                 f"{'; '.join(told)}"
             )
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        parts = {key: part_of(state_dict[key], own[key]) for key in common}
+        super().load_state_dict(parts, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys([], [])
+
+    def anew(self) -> TuningModule:
+        """The same module without its network, as one process alone would make it."""
+        return instantiate_module(type(self), describe(self, ())["init_args"])
 
     def description(self) -> dict[str, Any]:
         """Class path and plain arguments that make this module again, paths made absolute."""
         described = describe(self, () if self.weights in _TAGS else ("weights",))
-        described["init_args"].pop("adapter")  # a saved adapter stands for itself
+        for argument in ("adapter", *_OF_TRAINING):  # a saved adapter stands for itself
+            described["init_args"].pop(argument)
         return described
 
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:
@@ -256,7 +359,8 @@ class TuningModule(LightningModule):
         if self.weights is None:
             return set()
         named = self.named_parameters(remove_duplicate=False)
-        return {name for name, p in named if not p.requires_grad and ".adapters." not in name}
+        frozen = (name for name, p in named if not p.requires_grad and ".adapters." not in name)
+        return set(map(plain_name, frozen))
 
     def _save_plain_hyperparameters(self) -> None:
         plain = {key: _plain(value) for key, value in self.hparams.items()}

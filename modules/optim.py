@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from .adapters import trainable_parameters
+from .adapters.sharded import plain_name
 from .adapters.targets import is_inside
 
 # Learning rates of AdamW by tuning, where OTHERS does not suit it. FLoRA's factors turn little at
@@ -110,6 +111,8 @@ def build_optimizer(
     head_lr: float | None = None,
     layer_decay: float | None = None,
     factors: Mapping[str, float] | None = None,
+    lr: float | None = None,
+    matrices: Collection[str] = (),
 ) -> Optimizer:
     """Builds an optimizer over what trains in ``net``, in groups.
 
@@ -123,15 +126,20 @@ def build_optimizer(
         head_lr: Learning rate of the head, and of adapters in it; None is the optimizer's.
         layer_decay: Ratio of the rates of neighbouring layers; None is 1.
         factors: What the optimizer's rate is multiplied by, for the modules named.
+        lr: Learning rate in place of the factory's.
+        matrices: Names of parameters that have two dimensions or more, also where they are
+            flattened now, as by FSDP1.
     """
     scale = _layer_scales(net, layer_decay)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     trained = trainable_parameters(net)
     undecayed = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
-    for name, parameter in {**trained["adapters"], **trained["other"]}.items():
-        adapter, head = name in trained["adapters"], is_inside(name, heads)
+    for full_name, parameter in {**trained["adapters"], **trained["other"]}.items():
+        name = plain_name(full_name)
+        adapter, head = full_name in trained["adapters"], is_inside(name, heads)
         kind = ("head_adapters" if head else "adapters") if adapter else "head" if head else "base"
-        decays = not adapter and parameter.ndim > 1 and name not in undecayed
+        matrix = parameter.ndim > 1 or name in matrices
+        decays = not adapter and matrix and name not in undecayed
         factor = 1.0 if head else scale.get(name, 1.0)
         factor *= next((own for part, own in (factors or {}).items() if is_inside(name, [part])), 1)
         label = kind if decays or adapter else f"{kind}_1d"
@@ -146,7 +154,7 @@ def build_optimizer(
     except (ValueError, TypeError) as error:
         raise ValueError(f"the optimizer refuses its settings: {error}") from error
     for (label, factor), group in zip(groups, optimizer.param_groups, strict=True):
-        group["lr"] *= factor
+        group["lr"] = (group["lr"] if lr is None else lr) * factor
         if head_lr is not None and label.startswith("head"):
             group["lr"] = head_lr
     return optimizer
@@ -239,4 +247,4 @@ def _layer_scales(net: nn.Module, layer_decay: float | None) -> dict[str, float]
         return {}
     layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
     deepest = max(layers.values())
-    return {name: layer_decay ** (deepest - layer) for name, layer in layers.items()}
+    return {plain_name(n): layer_decay ** (deepest - layer) for n, layer in layers.items()}

@@ -19,6 +19,7 @@ from .heads.segmentation import SegmentationNet, create_head
 from .losses import SegmentationLoss
 from .metrics import segmentation_metrics
 from .optim import OneCycle
+from .precision import BaseDtype
 from .windows import Inference, Whole
 
 TrainBatch = tuple[Tensor, Tensor]
@@ -57,9 +58,12 @@ class SegmentationModule(DenseModule):
         adapter: str | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         drop_path: float = 0.0,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -87,10 +91,15 @@ class SegmentationModule(DenseModule):
             optimizer: Makes the optimizer from parameter groups; None is AdamW at the
                 tuning's own rate, see `litflora.optim.LEARNING_RATES`.
             lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
             head_lr: Learning rate of neck and head; None is the optimizer's.
             layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
             drop_path: Probability that the last block of the backbone is left out in training;
                 that of earlier blocks falls to 0 (stochastic depth).
+            activation_checkpointing: ``none``, ``blocks`` (each block of the backbone keeps its
+                input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and heads stay float32. It needs precision bf16-mixed.
         """
         super().__init__(
             num_classes=num_classes,
@@ -102,8 +111,11 @@ class SegmentationModule(DenseModule):
             adapter=adapter,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            lr=lr,
             head_lr=head_lr,
             layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
         )
         check_length("class_weights", class_weights, num_classes)
         self.backbone = backbone

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,13 @@ def litflora(*args: object) -> Result:
         except SystemExit as stop:  # --help and --version
             code = int(stop.code or 0)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def litflora_process(*args: object) -> Result:
+    """Runs a command in a process of its own, which can start others like it."""
+    command = [sys.executable, "-m", "litflora", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 def make_photos(root: Path, classes: tuple[str, ...] = CLASSES, count: int = 4) -> Path:

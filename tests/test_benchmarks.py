@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import inference
+import memory
 import models
 import optimizer
 import pytest
@@ -251,3 +252,17 @@ def test_every_kind_of_optimizer_step_is_timed(monkeypatch, capsys):
     assert heads == "| tuning | tensors | loop, ms | foreach, ms | fused, ms |"
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in optimizer.TUNINGS]
     assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split(" | ")[2:])
+
+
+def test_what_precision_and_checkpointing_save():
+    model = models.Vision(2, 64, "test_convnext")
+    costs = memory.measure(model, "cpu", repetitions=1)
+    text = memory.as_table(costs)
+    assert len(text.splitlines()) == 2 + len(memory.PRECISIONS) * len(memory.CHECKPOINTING)
+    for precision in memory.PRECISIONS:
+        saved = [costs[precision, how].saved for how in ("none", "every-2", "blocks")]
+        assert saved == sorted(saved, reverse=True)
+        assert saved[0] > 2 * saved[-1]
+    weights = {precision: costs[precision, "none"].weights for precision in memory.PRECISIONS}
+    assert weights["32-true"] == weights["bf16-mixed"] == 2 * weights["bf16-true"]
+    assert weights["bf16-true"] < weights["bf16-mixed, bf16 base"] < 0.65 * weights["32-true"]

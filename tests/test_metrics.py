@@ -1,8 +1,11 @@
 """Metrics against counts and distances in plain numpy, in double precision."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
+from torchmetrics.utilities import dim_zero_cat
 
 from litflora.losses import IGNORED
 from litflora.metrics import BoundaryFScore, JaccardIndex, segmentation_metrics
@@ -160,14 +163,15 @@ def test_images_without_boundaries_are_left_out():
     assert updated(BoundaryFScore(CLASSES), [(plain, plain), (preds, mask)]).compute() == expected
 
 
-def test_states_of_processes_are_summed():
+def test_states_of_processes_are_joined():
     pairs = [pair(size, seed) for seed, size in enumerate(SIZES)]
     whole = updated(segmentation_metrics(CLASSES), pairs)
     parts = [updated(segmentation_metrics(CLASSES), p) for p in (pairs[:1], pairs[1:])]
     for name, metric in whole.items(keep_base=True, copy_state=False):
         for state, reduce in metric._reductions.items():
-            states = torch.stack([getattr(part[name], state) for part in parts])
-            torch.testing.assert_close(reduce(states), getattr(metric, state))
+            states = [getattr(part[name], state) for part in parts]
+            joined = list(chain(*states)) if isinstance(states[0], list) else torch.stack(states)
+            torch.testing.assert_close(reduce(joined), dim_zero_cat(getattr(metric, state)))
 
 
 def test_clones_of_another_prefix_and_a_reset():

@@ -6,7 +6,7 @@ import pytest
 import timm
 import yaml
 from objects import write_coco, write_coco_folder, write_people, write_voc
-from shell import QUIET, litflora, make_masks, make_photos
+from shell import QUIET, litflora, litflora_process, make_masks, make_photos
 
 from litflora.commands.recipes import ROOT, comment, names
 
@@ -99,12 +99,14 @@ PARTS = [name for name in RECIPES if name.split("/")[0] in ("tuning", "trainer",
 def test_part_runs_over_the_embedded_recipe(name, tmp_path):
     import torch
 
-    if name == "trainer/gpu" and not torch.cuda.is_available():
+    trainer = settings_of(name).get("trainer", {})
+    if trainer.get("accelerator") == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     runs = {"trainer.default_root_dir": tmp_path, **ONE_BATCH, **SHAPES}
     if name.startswith("trainer/"):
         del runs["trainer.accelerator"]
-    fit = litflora("fit", *base_of(name), *options(runs), *QUIET)
+    command = litflora_process if "strategy" in trainer else litflora  # it starts itself again
+    fit = command("fit", *base_of(name), *options(runs), *QUIET)
     assert fit.code == 0, fit.err
     run = tmp_path / "classification" / "shapes" / "version_0"
     if name == "trainer/debug":
@@ -210,7 +212,9 @@ def test_the_promised_recipes_are_there():
     promised |= {"segmentation/shapes", "detection/shapes", "segmentation/camvid_vit_tiny"}
     promised |= {f"detection/pennfudan_{net}" for net in ("vit_tiny", "convnext_atto")}
     promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
-    promised |= {f"trainer/{kind}" for kind in ("cpu", "gpu", "debug")}
+    kinds = ("cpu", "gpu", "ddp", "ddp_cpu", "fsdp1", "fsdp2", "fsdp2_cpu", "debug")
+    promised |= {f"trainer/{kind}" for kind in kinds}
+    promised |= {f"trainer/{kind}_finder" for kind in ("lr", "batch_size")}
     assert promised <= set(RECIPES)
 
 

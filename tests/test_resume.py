@@ -14,11 +14,14 @@ from litflora.callbacks import EMA, BestCheckpoint, LastCheckpoint
 from litflora.datamodules import ShapesDataModule
 from litflora.datamodules.scenes import KINDS
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*WeightAveraging doesn't support sharding",
-    "ignore:.*smaller than the logging interval",
-    "ignore:.*dirpath has changed",
-)
+pytestmark = [
+    pytest.mark.xdist_group("resume"),  # one start of its fixtures
+    pytest.mark.filterwarnings(
+        "ignore:.*WeightAveraging doesn't support sharding",
+        "ignore:.*smaller than the logging interval",
+        "ignore:.*dirpath has changed",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ print(report)
 from .calibration import Timing, calibrate
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
-from .files import load, read_config, save
+from .files import check_base, load, read_config, save
 from .flora import FLoRA, FLoRADelta
 from .inject import (
     activate,
@@ -52,6 +52,7 @@ __all__ = [
     "activate",
     "adapter_names",
     "calibrate",
+    "check_base",
     "delete",
     "disabled",
     "inject",

@@ -50,7 +50,7 @@ class WeightCache:
         """Returns ``W + dW`` in ``dtype``, for a forward without gradients."""
         parts = (weight, *total.tensors())
         if _is_traced() or not all(map(_has_version, parts)):
-            return _added(weight, total, dtype)
+            return added(weight, total, dtype)
         scales = [
             (share, leaf and leaf.scale) for d, share in total.terms for _, leaf in d.leaves()
         ]
@@ -59,9 +59,9 @@ class WeightCache:
         if kept is None or kept.state != state or any(map(_differ, kept.parts, parts)):
             self._kept.pop(param, None)  # before the new one, so that there are never two
             if any(map(_is_unwatched, parts)):
-                return _added(weight, total, dtype)
+                return added(weight, total, dtype)
             storages = tuple(part.untyped_storage() for part in parts)
-            kept = _Kept(parts, storages, state, _added(weight, total, dtype))
+            kept = _Kept(parts, storages, state, added(weight, total, dtype))
             self._kept[param] = kept
         return kept.value
 
@@ -79,7 +79,8 @@ def _is_unwatched(part: Tensor) -> bool:
     return part.is_meta or (part.device.type == "cpu" and part.is_shared())
 
 
-def _added(weight: Tensor, total: Total, dtype: torch.dtype) -> Tensor:
+def added(weight: Tensor, total: Total, dtype: torch.dtype) -> Tensor:
+    """W + dW, summed in the precision of the wider one."""
     return (weight + total(*total.tensors())).to(dtype)
 
 

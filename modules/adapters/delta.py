@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -45,6 +45,10 @@ class WeightInfo:
     has_side: bool = True
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
+
+    def on(self, device: torch.device | None) -> WeightInfo:
+        """The same for a delta that lives on another device; None leaves it with its weight."""
+        return self if device is None else replace(self, device=device)
 
     @property
     def spatial(self) -> tuple[int, ...]:

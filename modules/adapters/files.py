@@ -23,6 +23,7 @@ from .fingerprint import base_tensors, check, fingerprint, first_difference, run
 from .inject import adapter_names, attach, check_name
 from .layers import Origin, adapted_layers, origin_of
 from .planning import Planned, resolve_modules
+from .sharded import is_sharded, whole, writes
 from .split import SplitDelta, part_info
 from .targets import candidates, refuse_lazy, refuse_unusable
 
@@ -56,6 +57,9 @@ def save(
 ) -> Path:
     """Writes an adapter, with every other parameter that trains and batch-norm statistics.
 
+    Of a sharded model (FSDP2) all processes must call it, and one writes. No more than what is
+    saved, and of the base one tensor at a time, is gathered.
+
     Args:
         model: The model.
         folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` go.
@@ -86,9 +90,9 @@ def save(
 
         # PEFT keeps whole modules: a trained bias brings its weight, statistics their norm.
         modules = {key.rpartition(".")[0] for key in trained}
-        whole = {k: t for k, t in base_tensors(model).items() if k.rpartition(".")[0] in modules}
-        tensors, config = to_peft(deltas, whole)
-        _write(folder, tensors, config)
+        base = {k: t for k, t in base_tensors(model).items() if k.rpartition(".")[0] in modules}
+        tensors, config = to_peft(deltas, base)
+        _write(folder, tensors, config, is_sharded(model))
         return folder
     tensors = {f"{_key(w)}.{p}": t for w, d in deltas.items() for p, t in d.state_dict().items()}
     base = {k: t for k, t in base_tensors(model).items() if k not in trained}
@@ -102,7 +106,7 @@ def save(
         "base": fingerprint(base),
         "metadata": metadata or {},
     }
-    _write(folder, {**tensors, **trained}, config)
+    _write(folder, {**tensors, **trained}, config, is_sharded(model))
     return folder
 
 
@@ -111,6 +115,7 @@ def load(
     folder: str | os.PathLike[str],
     name: str = "default",
     train: Sequence[str] = (),
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Reads an adapter into a model: injects its deltas and puts trained parameters in place.
 
@@ -122,6 +127,8 @@ def load(
         name: The name it gets in this model.
         train: Names of modules that stay trainable, besides the deltas and whatever else the
             adapter holds trained.
+        device: Where the deltas live; None is where their weights do. With it, a base without
+            memory (on the meta device) can be given; `check_base` is then for later.
 
     Returns:
         The configuration that stands in the folder.
@@ -135,7 +142,7 @@ def load(
     modules = resolve_modules(model, train)
     try:
         stored = _read(Path(folder), model)
-        planned = _plan(model, stored)
+        planned = _plan(model, stored, device)
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -146,20 +153,44 @@ def load(
     if "format" in stored.config:
         # Last, since the checks before it can name what differs.
         _check_together(Path(folder), stored.config)
-        check(stored.config["base"], base_tensors(model))
+        if device is None or not any(p.is_meta for p in model.parameters()):
+            check_base(model, stored.config)
     model.requires_grad_(False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = frozenset(stored.trained.keys() & parameters.keys())
     attach(model, name, planned, Origin(stored.config.get("tuning", {}), trained))
-    everything = parameters | dict(model.named_buffers())
-    with torch.no_grad():
-        for key, tensor in stored.trained.items():
-            everything[key].copy_(tensor)
+    for key, tensor in stored.trained.items():
+        _put(model, key, tensor, device)
     for key in trained:
-        parameters[key].requires_grad_(True)
+        model.get_parameter(key).requires_grad_(True)
     for module in modules:
         model.get_submodule(module).requires_grad_(True)
     return stored.config
+
+
+def check_base(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raises unless a model has the base that an adapter was made for.
+
+    Args:
+        model: A model that holds the adapter; if it is sharded, all processes must call this.
+        config: The adapter's configuration, as `load` returns it.
+
+    Raises:
+        AdapterError: A tensor of the base is missing or has other values.
+    """
+    check(config["base"], base_tensors(model))
+
+
+@torch.no_grad()
+def _put(model: nn.Module, key: str, value: Tensor, device: torch.device | None) -> None:
+    """Writes a value into a parameter or buffer; one without memory is exchanged for a real one."""
+    layer, _, name = key.rpartition(".")
+    module = model.get_submodule(layer)
+    own = getattr(module, name)
+    if own.is_meta and device is not None:
+        module._parameters[name] = nn.Parameter(value.to(device, own.dtype), requires_grad=False)
+    else:
+        own.copy_(value)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -275,7 +306,7 @@ def _builder(record: dict[str, Any]) -> Callable[[WeightInfo], Delta]:
     return build
 
 
-def _plan(model: nn.Module, stored: Stored) -> list[Planned]:
+def _plan(model: nn.Module, stored: Stored, device: torch.device | None) -> list[Planned]:
     """Builds the deltas that were stored, and fills them, without touching the model."""
     by_name = {candidate.info.name: candidate for candidate in candidates(model)}
     planned = []
@@ -292,7 +323,7 @@ def _plan(model: nn.Module, stored: Stored) -> list[Planned]:
             )
         # First without memory, so that a damaged file cannot ask for all there is.
         _check_tensors(weight, build(replace(candidate.info, device=torch.device("meta"))), tensors)
-        delta = build(candidate.info)
+        delta = build(candidate.info.on(device))
         delta.load_state_dict(tensors)
         planned.append(Planned(candidate, delta))
     return planned
@@ -402,8 +433,11 @@ def _swap_in(folder: Path, files: tuple[Path, ...]) -> None:
             os.replace(file, folder / file.name)
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], sharded: bool) -> None:
     """Writes both files under temporary names, then renames them."""
+    plain = {key: whole(tensor).contiguous().clone() for key, tensor in tensors.items()}
+    if sharded and not writes():
+        return
     try:
         json.dumps(config)
     except TypeError as error:
@@ -411,7 +445,6 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
         weights, text = Path(scratch) / WEIGHTS, Path(scratch) / CONFIG
-        plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
         save_file(plain, weights, metadata={"format": "pt"})
         if "peft_type" not in config:
             config = {**config, "checksum": _checksum(weights, config)}

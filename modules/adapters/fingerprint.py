@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .layers import adapted_layers
 from .merging import base_weight
+from .sharded import whole
 
 # How far two projections may differ where one base is a rounded copy of the other.
 ROUNDING = 1e-2
+# Numbers that are projected at a time.
+BLOCK = 1 << 20
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -60,9 +63,9 @@ def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous()
+    values = whole(tensor).contiguous()
     content = hashlib.sha256(repr(tuple(values.shape)).encode())
-    content.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    content.update(values.reshape(-1).view(torch.uint8).numpy().data)
     kind = str(values.dtype).removeprefix("torch.")
     return f"{kind} {_projection(values):.4f} {content.hexdigest()[:8]}"
 
@@ -72,19 +75,22 @@ def _projection(values: Tensor) -> float:
 
     It is scaled such that unrelated values of any size lie about a standard deviation of 1 apart.
     """
-    flat = values.double().reshape(-1)
-    direction = torch.arange(flat.numel(), dtype=torch.float64).add_(1).cos_()
-    norm = float(flat.norm())
-    return float(flat @ direction) / norm * math.sqrt(2) if norm else 0.0
+    component = square = 0.0
+    for start in range(0, values.numel(), BLOCK):  # the whole in float64 could be a base's size
+        block = values.reshape(-1)[start : start + BLOCK].double()
+        places = torch.arange(start + 1, start + 1 + len(block), dtype=torch.float64)
+        component += float(block @ places.cos_())
+        square += float(block @ block)
+    return component / math.sqrt(square) * math.sqrt(2) if square else 0.0
 
 
 def _same(recorded: str, here: str) -> bool:
-    if recorded == here:
-        return True
-    dtype, projection, _ = recorded.split(" ")
-    other_dtype, other_projection, _ = here.split(" ")
+    dtype, projection, content = recorded.split(" ")
+    other_dtype, other_projection, other_content = here.split(" ")
+    if dtype == other_dtype:
+        return content == other_content
     # A base cast to another type has other bytes: there the projection must tell.
-    return dtype != other_dtype and abs(float(projection) - float(other_projection)) <= ROUNDING
+    return abs(float(projection) - float(other_projection)) <= ROUNDING
 
 
 def running_buffers(model: nn.Module) -> set[str]:

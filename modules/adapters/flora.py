@@ -75,7 +75,9 @@ class FLoRADelta(Delta):
         return self.core, self._in_order(self._by_mode().values())
 
     def _by_mode(self) -> dict[str, Any]:
-        return self.factors._parameters  # whose own ``values`` look every one up as an attribute
+        # ParameterDict's own ``values`` look each up as an attribute, which takes longer; under
+        # FSDP1 attributes are all there is during a call.
+        return self.factors._parameters or dict(self.factors.items())
 
     def _in_order(self, factors: Iterable[Tensor]) -> Factors:
         """One factor for each mode; None for those of size 1."""

@@ -25,7 +25,11 @@ from .tuning import Tuning
 
 
 def inject(
-    model: nn.Module, tuning: Tuning, name: str = "default", train: Sequence[str] = ()
+    model: nn.Module,
+    tuning: Tuning,
+    name: str = "default",
+    train: Sequence[str] = (),
+    device: torch.device | None = None,
 ) -> Summary:
     """Freezes a model and adds trainable deltas to it, in place.
 
@@ -37,6 +41,8 @@ def inject(
         name: Name of the adapter. A second adapter under another name joins the first and takes
             its place as the active one (see `activate`).
         train: Names of modules that stay trainable as they are, above all the head.
+        device: Where the deltas live; None is where their weights do. It gives deltas to a base
+            that has no memory yet, on the meta device.
 
     Returns:
         The summary of what is trained.
@@ -49,7 +55,7 @@ def inject(
     trained = resolve_modules(model, train)
     if not isinstance(tuning, Selective):
         check_name(model, name)
-    planned, selected = plan(model, tuning, trained)
+    planned, selected = plan(model, tuning, trained, device)
     own = {id(p) for module in trained for p in model.get_submodule(module).parameters()}
     own |= {id(parameter) for parameter in selected}
     what = type(tuning).__name__

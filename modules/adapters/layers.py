@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .cache import WeightCache
+from .cache import WeightCache, added
 from .delta import Delta
 from .functions import compute_dtype
 from .ops import LookUpCall, MapCall, Op, op_of, rows, stride
 from .paths import Choice, choose
+from .sharded import is_gathered_for_calls
 from .substitute import Sums, substituted
 from .total import Total
 
@@ -183,6 +184,8 @@ class Adapted(Layer):
     def _on_path(self, call: MapCall | LookUpCall, total: Total, x: Tensor) -> Tensor:
         choice = self.choice(total, x, torch.is_grad_enabled())
         path, weight = choose(choice), choice.weight
+        if path == "kept" and is_gathered_for_calls(self):
+            return call.with_weight(added(weight, total, call.dtype))
         if path == "kept":
             return call.with_weight(self.adapters.cache.get("weight", weight, total, call.dtype))
         return call.with_delta(total, path)
@@ -226,6 +229,11 @@ def adapt(layer: nn.Module) -> AdapterSet:
         layer.__class__ = adapted_class(type(layer))
         layer.adapters = AdapterSet().train(layer.training)
     return cast(Adapted, layer).adapters
+
+
+def has_own_op(layer: nn.Module) -> bool:
+    """Whether an adapted layer is computed here, not by its own forward with another weight."""
+    return isinstance(layer, Adapted) and type(layer)._litflora_op is not None
 
 
 def origin_of(model: nn.Module, name: str) -> Origin:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .inject import adapter_names, strip
 from .layers import AdapterSet, adapted_layers
+from .sharded import is_sharded
 
 
 @dataclass
@@ -114,6 +115,10 @@ def _choose(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
     known = adapter_names(model)
     if not known:
         raise AdapterError("the model has no adapter to merge")
+    if is_sharded(model):
+        raise AdapterError(
+            "the model is sharded: save the adapter, and merge it into a base that is whole"
+        )
     _refuse_disabled(model)
     active = {name for _, _, adapters in adapted_layers(model) for name in adapters.active}
     if names is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .delta import Delta, WeightInfo
@@ -35,7 +36,7 @@ class Planned:
 
 
 def plan(
-    model: nn.Module, tuning: Tuning, trained: Sequence[str]
+    model: nn.Module, tuning: Tuning, trained: Sequence[str], device: torch.device | None = None
 ) -> tuple[list[Planned], list[nn.Parameter]]:
     """Builds every delta that a tuning asks for, without touching the model.
 
@@ -43,6 +44,7 @@ def plan(
         model: The model.
         tuning: What to add or to train.
         trained: Names of modules that train whole, and are not adapted.
+        device: Where the deltas are built; None is where their weights are.
 
     Returns:
         The deltas, and the parameters of the base that the tuning trains.
@@ -53,7 +55,7 @@ def plan(
         if isinstance(part, Selective):
             selected += _selected(model, part, module)
         elif isinstance(part, DeltaTuning):
-            planned += _deltas(model, part, module, trained)
+            planned += _deltas(model, part, module, trained, device)
         else:
             raise AdapterError(f"tuning must be a Tuning such as FLoRA(rank=8), not {part!r}")
     return planned, selected
@@ -99,7 +101,11 @@ def _selected(model: nn.Module, tuning: Selective, module: str) -> list[nn.Param
 
 
 def _deltas(
-    model: nn.Module, tuning: DeltaTuning, module: str, trained: Sequence[str]
+    model: nn.Module,
+    tuning: DeltaTuning,
+    module: str,
+    trained: Sequence[str],
+    device: torch.device | None,
 ) -> list[Planned]:
     everything = [c for c in candidates(model) if not module or is_inside(c.layer, [module])]
     # A head is adapted only if it, or a module in it, is named on its own.
@@ -116,7 +122,7 @@ def _deltas(
     for candidate in chosen:
         refuse_unusable(candidate, model)
     overrides = _overrides(tuning, chosen)
-    return [Planned(c, _build(tuning, c.info, overrides[c.info.name])) for c in chosen]
+    return [Planned(c, _build(tuning, c.info.on(device), overrides[c.info.name])) for c in chosen]
 
 
 def _build(tuning: DeltaTuning, info: WeightInfo, overrides: dict[str, Any]) -> Delta:

@@ -100,6 +100,8 @@ def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     device = output.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if on else None
+    if "weight" in vars(module):  # FSDP1 has put a view there, and will take it away again
+        return
     parameters = dict(module.named_parameters())
     state, made = _state(module, parameters), TensorWeakRef(output)
     recipe = Recipe(module, parameters, state, autocast, made, output._version)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..heads import classifier_names
 from . import embedded  # registers convnext_shapes with timm
+from .deferred import create_model, give_memory
 from .files import classes_in_file, fit_error
 
 # Models that timm knows by a config on the hub or in a folder, not by a name of its own.
@@ -164,7 +165,7 @@ def _takes(net: nn.Module, argument: str) -> bool:
 
 def _from_hub(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
+        return create_model(name, num_classes=num_classes, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -182,9 +183,7 @@ def _from_file(name: str, path: Path, num_classes: int, options: dict[str, Any])
     for classes in (0, config.num_classes) if found is None else (found,):
         overlay = {"file": str(path), "num_classes": classes}
         try:
-            net = timm.create_model(
-                name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
-            )
+            net = create_model(name, pretrained_cfg_overlay=overlay, num_classes=classes, **options)
         except (RuntimeError, KeyError, AttributeError, ValueError) as reason:
             error = error or reason
             continue
@@ -199,6 +198,7 @@ def _new_classifier(net: nn.Module, num_classes: int) -> None:
     net.reset_classifier(num_classes)
     for head in classifier_names(net) if num_classes else ():
         layer = net.get_submodule(head)
+        give_memory(layer)
         if isinstance(layer, nn.Linear):  # as timm starts the heads of its ConvNeXts and ViTs
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

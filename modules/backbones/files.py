@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -27,8 +28,7 @@ def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"weights file {path} must end in one of {', '.join(SUFFIXES)}")
     try:
-        state = load_state_dict(str(path))
-        shapes = {key: value.shape for key, value in state.items()}
+        shapes = _shapes(path)
     except Exception as error:  # a file that is no state dict can fail in any way
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -39,6 +39,15 @@ def classes_in_file(path: Path, config: PretrainedCfg) -> int | None:
     names = (classifier,) if isinstance(classifier, str) else classifier
     heads = {**{f"{name}.weight": 0 for name in (*names, "head")}, **CLIP_HEADS}
     return next((shapes[key][dim] for key, dim in heads.items() if key in shapes), None)
+
+
+def _shapes(path: Path) -> dict[str, Any]:
+    """The shapes of a file's tensors; of a safetensors file no values are read."""
+    if path.suffix != ".safetensors":
+        return {key: value.shape for key, value in load_state_dict(str(path)).items()}
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+        return {key.removeprefix("module."): file.get_slice(key).get_shape() for key in keys}
 
 
 def holds_whole_net(weights: str | None) -> bool:

@@ -1,6 +1,7 @@
 """Lightning callbacks: what a run leaves behind, and how it shows its progress."""
 
 from .adapter_folder import AdapterFolder
+from .batch_size_finder import BatchSizeFinder
 from .checkpoints import BestCheckpoint, LastCheckpoint
 from .class_table import ClassTable
 from .confusion import ConfusionMatrix
@@ -8,6 +9,7 @@ from .detections import DetectionWriter
 from .ema import EMA
 from .gallery import Gallery
 from .interruption import Interruption
+from .lr_finder import LearningRateFinder
 from .masks import MaskWriter
 from .nonfinite import NonFinite
 from .opening import Opening
@@ -17,6 +19,7 @@ from .progress import RateProgressBar
 __all__ = [
     "EMA",
     "AdapterFolder",
+    "BatchSizeFinder",
     "BestCheckpoint",
     "ClassTable",
     "ConfusionMatrix",
@@ -24,6 +27,7 @@ __all__ = [
     "Gallery",
     "Interruption",
     "LastCheckpoint",
+    "LearningRateFinder",
     "MaskWriter",
     "NonFinite",
     "Opening",

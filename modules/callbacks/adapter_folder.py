@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 
 from ..adapters import save
 from ..adapters.replacing import replacing
+from ..adapters.sharded import is_sharded
 from ._files import log_dir
 from .checkpoints import BestCheckpoint
 
@@ -34,6 +37,7 @@ class AdapterFolder(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self.message = ""
+        self.run: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Turns the sanity check into a validation of the start."""
@@ -41,6 +45,10 @@ class AdapterFolder(Callback):
         asked = trainer.num_sanity_val_steps != 0  # 0 says that no one wants to wait for it
         if asked and stage == "fit" and not trainer.fast_dev_run and trainer.ckpt_path is None:
             trainer.num_sanity_val_steps = float("inf")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the run's folder, while all processes can do it together."""
+        self.run = log_dir(trainer)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metrics of the start; a resumed run has brought its own."""
@@ -57,17 +65,22 @@ class AdapterFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Saves the folder."""
-        folder = _fresh(log_dir(trainer) / "adapter")
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        assert self.run is not None
+        folder = _fresh(self.run / "adapter")
+        if trainer.fast_dev_run:
             return
         metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
-        with replacing(folder) as temporary:  # a folder of the name is a whole adapter
-            if best is None:
-                save(pl_module.net, temporary, metadata=metadata)
-                name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
-            else:
-                _save_best(pl_module, best.best_model_path, temporary, metadata)
-                name, after = best.monitor, float(best.best_model_score)
+        # A folder of the name is a whole adapter.
+        with replacing(folder) if trainer.is_global_zero else nullcontext(folder) as place:
+            _save(
+                trainer, pl_module, None if best is None else best.best_model_path, place, metadata
+            )
+        if not trainer.is_global_zero:
+            return
+        if best is None:
+            name, after = pl_module.monitor, _metrics(trainer).get(pl_module.monitor)
+        else:
+            name, after = best.monitor, float(best.best_model_score)
         gain = (name, self.before.get(name), after)
         weights = "last" if best is None else "best"
         self.message = _message(folder, weights, gain, metadata.get("data"))
@@ -99,6 +112,19 @@ def _best(trainer: Trainer) -> ModelCheckpoint | None:
     return None
 
 
+def _save(
+    trainer: Trainer, module: TuningModule, best: str | None, folder: Path, metadata: dict[str, Any]
+) -> None:
+    """Saves the weights, or those of the checkpoint ``best``; every process must call it."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        _save_flattened(trainer, module, best, folder, metadata)
+    elif trainer.is_global_zero or is_sharded(module.net):  # of which each has a part to give
+        if best is None:
+            save(module.net, folder, metadata=metadata)
+        else:
+            _save_best(module, best, folder, metadata)
+
+
 def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str, Any]) -> None:
     frozen = module.frozen_keys()
     last = {key: v.clone() for key, v in module.state_dict().items() if key not in frozen}
@@ -106,6 +132,21 @@ def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str
     module.load_state_dict(best["state_dict"])
     save(module.net, folder, metadata=metadata)
     module.load_state_dict(last)  # fit leaves the last weights in the module, as always
+
+
+def _save_flattened(
+    trainer: Trainer, module: TuningModule, best: str | None, folder: Path, metadata: dict[str, Any]
+) -> None:
+    """Saves what FSDP1 has made pieces of, from a network that is made anew."""
+    if best is None:
+        state = trainer.strategy.lightning_module_state_dict()
+    else:
+        state = torch.load(best, "cpu", weights_only=True)["state_dict"]
+    if trainer.is_global_zero:
+        whole = module.anew()
+        whole.configure_model()
+        whole.load_state_dict(state)
+        save(whole.net, folder, metadata=metadata)
 
 
 def _message(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from torchvision.ops import box_convert
 from ..adapters.replacing import replacing
 from ..drawing import BoxDrawing
 from ..drawing.boxes import LEAST_SCORE
+from ..processes import interleaved
 from ._files import log_dir, picture_path
 
 
@@ -47,7 +49,7 @@ class DetectionWriter(Callback):
         else:
             self.drawing = BoxDrawing(names, getattr(data, "palette", ()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = _part(self.folder, trainer.global_rank).open("w")
+        self.file = _part(self.folder, trainer.global_rank).open("w", buffering=1)
 
     def on_predict_batch_end(
         self,
@@ -65,8 +67,8 @@ class DetectionWriter(Callback):
             found = {key: value.cpu() for key, value in found.items()}
             path = picture_path(trainer.datamodule, self.folder, name)
             own = {"file_name": str(path.relative_to(self.folder / "predictions").with_suffix(""))}
-            for item in results(self.image_ids.get(name, name), self.category_ids, found):
-                self.file.write(json.dumps(item | own) + "\n")
+            items = results(self.image_ids.get(name, name), self.category_ids, found)
+            self.file.write(json.dumps([item | own for item in items]) + "\n")
             if self.drawing is not None:
                 figure = self.drawing.picture(image.cpu(), found)
                 with replacing(path) as temporary:
@@ -140,15 +142,15 @@ def _part(folder: Path, rank: int) -> Path:
 
 
 def _join(parts: list[Path], path: Path) -> int:
-    """Makes one JSON list of files with an item a line, deletes them, and counts the items."""
+    """Makes one JSON list of files with a list a line, deletes them, and counts the items."""
     count = 0
-    with replacing(path) as temporary, temporary.open("w") as whole:
+    with replacing(path) as temporary, temporary.open("w") as whole, ExitStack() as stack:
         whole.write("[")
-        for part in parts:
-            with part.open() as lines:
-                for line in lines:
-                    whole.write((",\n" if count else "\n") + line.rstrip())
-                    count += 1
+        files = [stack.enter_context(part.open()) for part in parts]
+        for line in interleaved(files):
+            for item in json.loads(line):
+                whole.write((",\n" if count else "\n") + json.dumps(item))
+                count += 1
         whole.write("\n]\n")
     for part in parts:
         part.unlink()

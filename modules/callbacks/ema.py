@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
@@ -43,7 +44,15 @@ class EMA(WeightAveraging):
         """Makes the average as a copy of the module, but for what makes optimizer and schedule.
 
         On the command line those lead to the data and the trainer, and its processes.
+
+        Raises:
+            ValueError: The processes share the model out; the copy would be one of parts.
         """
+        if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+            raise ValueError(
+                "EMA keeps a second copy of what trains, and cannot of a sharded model: take "
+                "trainer.strategy ddp, or leave trainer/ema out"
+            )
         factories = {name: vars(pl_module)[name] for name in FACTORIES}
         vars(pl_module).update(dict.fromkeys(FACTORIES))
         super().setup(trainer, pl_module, stage)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..adapters import summary
-
 
 class Opening(Callback):
     """Prints the sizes of the splits, the classes, and what trains.
@@ -39,7 +37,7 @@ class Opening(Callback):
         return f"data     {datamodule.contents()}" if hasattr(datamodule, "contents") else ""
 
     def _tuning(self, pl_module: LightningModule) -> str:
-        found = summary(pl_module.net)
+        found = pl_module.tuned  # of the net as it was before processes shared it out
         named = {"": pl_module.tuning, **getattr(pl_module, "part_tunings", dict)()}
         method = ", ".join(f"{part} {type(t).__name__}".strip() for part, t in named.items())
         weights = f"{len(found.rows)} weights adapted, " if found.rows else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..adapters.replacing import replacing
+from ..processes import gathered
 from ._files import log_dir
 
 Row = tuple[str, list[float]]
@@ -18,7 +18,7 @@ class PredictionWriter(Callback):
     """Writes ``predictions.csv`` into the log folder at the end of predict.
 
     Each row holds the path of an image, the name of the likeliest class, and the probability of
-    every class under its name.
+    every class under its name. Rows are in the order of the data.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the rows of all processes."""
         path = log_dir(trainer) / "predictions.csv"
-        rows = _gathered(self.rows, trainer)
+        rows = gathered(self.rows)
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         names = pl_module.class_names
@@ -54,11 +54,3 @@ class PredictionWriter(Callback):
                 predicted = names[probs.index(max(probs))]
                 table.writerow([image, predicted, *(f"{p:.6f}" for p in probs)])
         print(f"{len(rows)} predictions are in {path}")
-
-
-def _gathered(rows: list[Row], trainer: Trainer) -> list[Row]:
-    if trainer.world_size == 1:
-        return rows
-    parts: list[list[Row]] = [[] for _ in range(trainer.world_size)]
-    dist.all_gather_object(parts, rows)
-    return sorted(row for part in parts for row in part)

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from .. import classification, datamodules, segmentation
 from ..adapters.replacing import replacing
 from ..module import TuningModule
+from ..processes import ending_together
 from . import guards, recipes, resume
 from .mistakes import explain
 
@@ -45,6 +46,7 @@ _CHATTER = (
     ".*smaller than the logging interval",
     ".*does not have many workers",
     ".*WeightAveraging doesn't support sharding",
+    ".*returned a view tensor",  # which nobody writes into
     ".*dirpath has changed",  # a run that goes on from a file is a new version: it always has
     ".*exists and is not empty",  # of a run that is resumed it always does
 )
@@ -215,7 +217,8 @@ class LitFloraCLI(LightningCLI):
         if self.resumed is not None and first:
             resume.prepare(self.resumed, self.trainer.logger, step)
         new = first and self.resumed is None
-        with removed_on_mistake(own_folder(self.trainer) if new else None):
+        folder = own_folder(self.trainer) if new else None
+        with removed_on_mistake(folder), ending_together(self.trainer):
             super()._run_subcommand(subcommand)
 
     def _first_step(self, path: str | None) -> int:

@@ -85,7 +85,7 @@ def test_a_change_is_noticed(kind: str, change: str) -> None:
 def test_the_second_forward_builds_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made(kind)
     first = idle(model, x)
-    monkeypatch.setattr("litflora.adapters.cache._added", None)
+    monkeypatch.setattr("litflora.adapters.cache.added", None)
     assert torch.equal(idle(model, x), first)
 
 

@@ -191,14 +191,6 @@ def test_nothing_found_is_an_empty_list(tmp_path, monkeypatch):
     assert predict(tmp_path) == []
 
 
-def test_two_processes_write_one_list(tmp_path):
-    one = predict(tmp_path / "one")
-    two = predict(tmp_path / "two", devices=2, strategy="ddp_fork", use_distributed_sampler=True)
-    assert sorted(map(str, one)) == sorted(map(str, two))
-    assert len(list((tmp_path / "two" / "predictions").rglob("*.png"))) == 6
-    assert len(list((tmp_path / "two").iterdir())) == 2  # no part is left
-
-
 def test_results_are_not_kept_in_memory(tmp_path, monkeypatch):
     """A batch's objects are in a file before the next batch comes."""
     seen = []

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import worlds
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from tiny import Colours, module, save_base, trainer
 from torch.multiprocessing import ProcessExitedException
 
@@ -133,18 +135,21 @@ class Kill(Send):
 
 
 def test_a_signal_to_one_process_stops_all(base, tmp_path):
+    with pytest.raises(ProcessExitedException, match="exit code 143"):
+        worlds.run(signalled, base, tmp_path)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
+
+
+def signalled(base, folder):
+    kill = Kill("on_train_batch_start", 1, signal.SIGTERM)
     run = trainer(
-        tmp_path,
-        callbacks=[Kill("on_train_batch_start", 1, signal.SIGTERM), Interruption(), Note()],
+        folder,
+        callbacks=[kill, Interruption(), Note()],
         devices=2,
-        strategy="ddp_fork",
+        strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=5,
     )
-    made = module(base)
-    made.configure_model()
-    with pytest.raises(ProcessExitedException, match="exit code 143"):
-        run.fit(made, Colours(n=32))
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
+    run.fit(module(base), Colours(n=32))
 
 
 class Note(Callback):

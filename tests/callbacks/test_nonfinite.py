@@ -119,34 +119,6 @@ def test_a_scaler_finds_its_scale_by_itself(base, tmp_path):
     assert guard.skipped == 0
 
 
-class Tell(Callback):
-    """Writes what a process has come to, for the test to read."""
-
-    def on_fit_end(self, trainer, pl_module):
-        guard = next(c for c in trainer.callbacks if isinstance(c, NonFinite))
-        weights = [p.detach().cpu() for p in pl_module.parameters() if p.requires_grad]
-        path = f"{trainer.default_root_dir}/{trainer.global_rank}.pt"
-        torch.save({"skipped": guard.skipped, "weights": weights}, path)
-
-
-def test_processes_skip_together(base, tmp_path, monkeypatch):
-    infinite_loss(monkeypatch, rank=1)
-    two = trainer(
-        tmp_path,
-        callbacks=[NonFinite(), Tell()],
-        devices=2,
-        strategy="ddp_fork",
-        limit_val_batches=0,
-    )
-    made = module(base, tuning=FLoRA(rank=2))
-    made.configure_model()  # the forked processes bring their weights back into it
-    two.fit(made, Colours(n=32))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["skipped"] == second["skipped"] == 1
-    pairs = zip(first["weights"], second["weights"], strict=True)
-    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in pairs)
-
-
 def test_limit_has_a_bound():
     with pytest.raises(ValueError, match="limit must be at least 1"):
         NonFinite(limit=0)

@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tiny import NAMES, Colours, module, save_base, trainer
 
-from litflora.callbacks import ConfusionMatrix, PredictionWriter, RateProgressBar
+from litflora.callbacks import ConfusionMatrix, RateProgressBar
 from litflora.callbacks.confusion import draw
 
 
@@ -100,18 +100,3 @@ def test_the_progress_bar_shows_images_a_second(base, tmp_path, monkeypatch):
     rates = [metrics["images/s"] for metrics in seen if "images/s" in metrics]
     assert rates
     assert set(rates) == {"8"}  # the clock ticks once a batch
-
-
-def test_two_processes_give_one_table_and_the_same_metrics(base, tmp_path):
-    made, found = module(base), []
-    made.configure_model()  # forked processes share it, and so its new head
-    for name, options in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"})):
-        callbacks = [PredictionWriter(), ConfusionMatrix()]
-        run = trainer(tmp_path / name, callbacks=callbacks, **options)
-        found += run.test(made, Colours(n=12, batch_size=3), verbose=False)
-        run.predict(made, Colours(n=12, batch_size=3), return_predictions=False)
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
-    (_, *rows), (_, *parallel) = (table(tmp_path / n / "predictions.csv") for n in ("one", "two"))
-    assert sorted(rows) == parallel
-    pictures = [(tmp_path / n / "confusion_matrix.png").read_bytes() for n in ("one", "two")]
-    assert pictures[0] == pictures[1]

@@ -11,6 +11,8 @@ from shell import QUIET, files_below, litflora
 from litflora.adapters.replacing import leftovers
 from litflora.commands.resume import newest_checkpoint, read_checkpoint
 
+pytestmark = pytest.mark.xdist_group("resume command")  # one start of its fixtures
+
 RUN = Path("runs", "quickstart", "version_0")
 LAST = RUN / "checkpoints" / "last.ckpt"
 SMALL = {

@@ -1,0 +1,28 @@
+"""A frozen base held in bfloat16, under deltas, norms and heads in float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+BaseDtype = Literal["bfloat16"]
+
+
+def hold_base(net: nn.Module, dtype: torch.dtype) -> None:
+    """Holds what is frozen of linear layers and convolutions in another type, in place.
+
+    These are the layers that autocast computes in bfloat16 anyway, and nearly all of a base.
+    Everything else, in which rounding would tell, stays as it is.
+
+    Args:
+        net: A tuned network.
+        dtype: The type.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear | _ConvNd):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)

@@ -64,6 +64,9 @@ class LastCheckpoint(ModelCheckpoint):
     It is written after each epoch and each validation, every so many steps where that is asked
     for, and when a process that loads data is killed. It goes after the other callbacks, so that
     their state is in it.
+
+    Attributes:
+        due: Whether to save as soon as the run can go on from it; `Interruption` asks for it.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -76,6 +79,7 @@ class LastCheckpoint(ModelCheckpoint):
             raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
         super().__init__(filename="last", enable_version_counter=False)
         self.every_n_steps = every_n_steps
+        self.due = False
 
     @property
     def state_key(self) -> str:
@@ -94,9 +98,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves every so many steps."""
-        step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and resumable(trainer):
+        """Saves every so many steps, and if it is due, unless a later hook will."""
+        often = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if (often or self.due) and resumable(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,6 +130,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Writes the file; all processes must come here together."""
+        self.due = False
         if trainer.fast_dev_run:
             return
         self.last_model_path = self.best_model_path = self.format_checkpoint_name({})

@@ -1,5 +1,8 @@
 """BestCheckpoint and LastCheckpoint: which files exist when, and whose they are."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -122,19 +125,27 @@ def test_a_save_that_fails_leaves_the_file_of_before(tmp_path):
 def test_what_is_written_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
-        plain = getattr(__import__("os"), name)
+        plain = getattr(os, name)
 
         def noted(*args, name=name, plain=plain):
-            calls.append(name)
+            file = Path(f"/dev/fd/{args[0]}").resolve().name if name == "fsync" else ""
+            calls.append(f"{name} {file}".strip())
             return plain(*args)
 
         monkeypatch.setattr(f"os.{name}", noted)
     with replacing(tmp_path / "a") as temporary:
         temporary.write_text("whole")
-    assert calls == ["fsync", "replace", "fsync"]
+    around = [f"fsync {temporary.name}", "replace", f"fsync {tmp_path.name}"]
+    assert calls == around
+    calls.clear()
+    with replacing(tmp_path / "a", durable=False) as temporary:
+        temporary.write_text("a picture")
+    assert calls == ["replace"]
+    calls.clear()
     with replacing(tmp_path / "folder") as temporary:
         temporary.mkdir()
         (temporary / "b").touch()
+    assert calls == ["fsync b", *(each.replace(".a.", ".folder.") for each in around)]
     assert (tmp_path / "folder" / "b").is_file()
     with pytest.raises(OSError, match="not empty"), replacing(tmp_path / "folder") as temporary:
         temporary.mkdir()

@@ -19,6 +19,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="best", enable_version_counter=False)
+        self._is_there = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the metric from the module."""
@@ -45,14 +46,21 @@ class BestCheckpoint(ModelCheckpoint):
         if self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks for the file of before; what the first process sees holds for all."""
+        there = Path(self.format_checkpoint_name({})).is_file()
+        self._is_there = trainer.strategy.broadcast(there)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the best of before where its file is, also if the folder has moved.
 
         A run that goes on in another folder has its best before it.
         """
-        path = self.format_checkpoint_name({})
-        if state_dict["best_model_score"] is None or not Path(path).is_file():
+        if state_dict["best_model_score"] is None or not self._is_there:
             return
+        path = self.format_checkpoint_name({})
         moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         best = {path: state_dict["best_model_score"]}
         super().load_state_dict({**state_dict, **moved, "best_k_models": best})

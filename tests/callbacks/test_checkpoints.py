@@ -92,6 +92,20 @@ def test_another_runs_folder_is_refused(base, tmp_path):
     assert fit(base, tmp_path, ckpt_path=path, max_epochs=3).global_step == 9
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_all_processes_know_of_a_best_that_the_first_one_sees(base, tmp_path, monkeypatch, there):
+    """A disk that they share may show them a file at different times."""
+    run = fit(base, tmp_path)
+    state = run.checkpoint_callbacks[0].state_dict()
+    other = BestCheckpoint()
+    other.setup(run, run.lightning_module, "fit")
+    other.dirpath = str(tmp_path / ("elsewhere" if there else "checkpoints"))
+    monkeypatch.setattr(run.strategy, "broadcast", lambda own, src=0: there)
+    other.on_load_checkpoint(run, run.lightning_module, {})
+    other.load_state_dict(state)
+    assert (other.best_model_score == state["best_model_score"]) == there
+
+
 class Config:
     """What the command line has read of a trainer."""
 

@@ -148,10 +148,12 @@ class Kill(Send):
 def test_a_signal_to_one_process_stops_all(base, tmp_path):
     with pytest.raises(ProcessExitedException, match="exit code 143"):
         worlds.run(signalled, base, tmp_path)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
+    # Both draw by the seed of the first, which checkpoints hold.
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2 70", "2 70"]
 
 
 def signalled(base, folder):
+    torch.manual_seed(70 + int(os.environ["RANK"]))
     kill = Kill("on_train_batch_start", 1, signal.SIGTERM)
     run = trainer(
         folder,
@@ -164,8 +166,8 @@ def signalled(base, folder):
 
 
 class Note(Callback):
-    """Writes how many steps a process has made."""
+    """Writes how many steps a process has made, and the seed that it draws by."""
 
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, pl_module, *_):
         path = Path(trainer.default_root_dir, f"{trainer.global_rank}.txt")
-        path.write_text(str(trainer.global_step))
+        path.write_text(f"{trainer.global_step} {pl_module._seed}")

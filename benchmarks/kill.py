@@ -84,16 +84,16 @@ def kill_after(process: subprocess.Popen[bytes], run: Path, seconds: float) -> s
 
 def kill_while_saving(process: subprocess.Popen[bytes], run: Path, number: int) -> str:
     """Kills a run while it writes its last checkpoint for the n-th time."""
-    folder, seen = run / "checkpoints", set()
+    folder = run / "checkpoints"
+    count, before = 0, False
 
     def writing() -> bool:
-        found = list(folder.glob(".last.*")) if folder.is_dir() else []
-        if found and not writing.before:
-            seen.add(len(seen))
-        writing.before = bool(found)
-        return writing.before and len(seen) >= number
+        nonlocal count, before
+        now = folder.is_dir() and any(folder.glob(".last.*"))
+        count += now and not before
+        before = now
+        return now and count >= number
 
-    writing.before = False
     wait_for(process, writing)
     return _kill(process, run)
 

@@ -304,12 +304,17 @@ class TuningModule(LightningModule):
         share_statistics(self.net)
 
     def on_train_start(self) -> None:
-        """Takes the seed of the run, unless a checkpoint has brought one."""
+        """Takes the seed of the run, that of the first process, unless a checkpoint has brought it.
+
+        Lightning gives a loader its state when it makes it. Where the schedule needs to know the
+        length of the run, that is before the state has been read, and it would never get it.
+        """
         if self._seed is None:
-            self._seed = torch.initial_seed() % 2**62
-        # Lightning gives a loader its state when it makes it. Where the schedule needs to know the
-        # length of the run, that is before the state has been read, and it would never get it.
-        self.trainer.fit_loop._load_combined_loader_states()
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**62)
+        loop = self.trainer.fit_loop  # nothing public gives a loader its state
+        if loop.restarted_mid_epoch and loop._combined_loader_states_to_load:
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # which begins a pass anew: a state may count for the next one
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds every batch, so that a run resumed anywhere draws the same numbers on all ranks.

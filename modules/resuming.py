@@ -12,10 +12,10 @@ from lightning.pytorch import Trainer
 
 def seed_batch(*place: int) -> None:
     """Seeds torch, numpy and ``random`` by the place of a batch in a run."""
-    seed = hash(place)  # of whole numbers: the same in every process
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    seeds = np.random.SeedSequence(place).generate_state(3, np.uint64).tolist()
+    torch.manual_seed(seeds[0])
+    np.random.seed(seeds[1] % 2**32)
+    random.seed(seeds[2])
 
 
 def step_watching_schedules(trainer: Trainer) -> None:

@@ -1,13 +1,16 @@
 """A run that goes on from any checkpoint ends, bit for bit, as one that was never disturbed."""
 
+import itertools
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from tiny import module, save_base, trainer
+from tiny import Colours, module, save_base, trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from litflora.adapters import FLoRA
 from litflora.callbacks import EMA, BestCheckpoint, LastCheckpoint
@@ -138,6 +141,56 @@ def test_goes_on_from_a_moment_of_each_kind(base, tmp_path, case):
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_from_any_moment(base, tmp_path, case):
     goes_on(base, tmp_path, case, lambda all_: all_)
+
+
+class Eager(DataLoader):
+    """A loader that settles where a pass begins as it is asked for one, as torchdata's does."""
+
+    first = given = 0
+
+    def __iter__(self):
+        begin, self.first = self.first, 0
+        self.given = begin
+        return self.rest(begin)
+
+    def rest(self, begin):
+        for batch in itertools.islice(super().__iter__(), begin, None):
+            self.given += 1
+            yield batch
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.first = state["given"]
+
+
+class Strange(Colours):
+    def train_dataloader(self):
+        return Eager(self._data(0), batch_size=8)
+
+
+class Seen(Callback):
+    def __init__(self):
+        self.sums = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.sums.append(batch[0].sum().item())
+
+
+def test_a_loader_of_ones_own_goes_on_within_the_epoch(base, tmp_path):
+    seen = {}
+    for moment in (None, "00 step 1", "02 epoch 3"):
+        folder = tmp_path / str(moment)
+        seen[moment], keeper = Seen(), LastCheckpoint() if moment else Album(every_n_steps=1)
+        options = {"max_epochs": 2, "enable_checkpointing": True}
+        fit = trainer(folder, callbacks=[seen[moment], keeper], **options)
+        path = moment and tmp_path / "None" / f"{moment}.ckpt"
+        fit.fit(module(base), Strange(), ckpt_path=path, weights_only=True)
+    whole = seen.pop(None).sums
+    assert len(set(whole[:3])) == 3
+    assert whole == whole[:3] * 2
+    assert [each.sums for each in seen.values()] == [whole[1:], whole[3:]]
 
 
 def test_what_was_given_out_is_not_loaded_again():

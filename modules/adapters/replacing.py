@@ -12,19 +12,28 @@ from threading import get_ident
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """Gives a temporary name to write to, which becomes ``path`` if nothing is raised.
 
-    A file is on the disk before it takes the name: after a loss of power, too, it is the old one or
-    the new one. A folder takes the name of none that is there. Folders on the way to it are made.
+    A folder takes the name of none that is there. Folders on the way to it are made.
+
+    Args:
+        path: A file or a folder.
+        durable: It is on the disk, with all that is in it, before it takes the name: after a loss
+            of power, too, it is the old one or the new one. Of many small files that can be made
+            again, waiting for the disk takes longer than making them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}{path.suffix}")
     try:
         yield temporary
-        _sync(temporary)
+        if durable:
+            for inner in temporary.rglob("*"):  # of a file there are none
+                _sync(inner)
+            _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     finally:
         remove(temporary)
 

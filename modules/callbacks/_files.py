@@ -34,7 +34,7 @@ def picture_path(data: Any, folder: Path, name: str) -> Path:
 
 def publish(trainer: Trainer, figure: Figure, path: Path, tag: str) -> None:
     """Writes a figure, and shows it to every logger that takes figures or images."""
-    with replacing(path) as temporary:
+    with replacing(path, durable=False) as temporary:
         figure.savefig(temporary, bbox_inches="tight")
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):  # Weights & Biases and its like

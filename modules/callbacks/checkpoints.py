@@ -19,6 +19,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="best", enable_version_counter=False)
+        self._is_there = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the metric from the module."""
@@ -45,14 +46,21 @@ class BestCheckpoint(ModelCheckpoint):
         if self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks for the file of before; what the first process sees holds for all."""
+        there = Path(self.format_checkpoint_name({})).is_file()
+        self._is_there = trainer.strategy.broadcast(there)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the best of before where its file is, also if the folder has moved.
 
         A run that goes on in another folder has its best before it.
         """
-        path = self.format_checkpoint_name({})
-        if state_dict["best_model_score"] is None or not Path(path).is_file():
+        if state_dict["best_model_score"] is None or not self._is_there:
             return
+        path = self.format_checkpoint_name({})
         moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         best = {path: state_dict["best_model_score"]}
         super().load_state_dict({**state_dict, **moved, "best_k_models": best})
@@ -64,6 +72,9 @@ class LastCheckpoint(ModelCheckpoint):
     It is written after each epoch and each validation, every so many steps where that is asked
     for, and when a process that loads data is killed. It goes after the other callbacks, so that
     their state is in it.
+
+    Attributes:
+        due: Whether to save as soon as the run can go on from it; `Interruption` asks for it.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -76,6 +87,7 @@ class LastCheckpoint(ModelCheckpoint):
             raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
         super().__init__(filename="last", enable_version_counter=False)
         self.every_n_steps = every_n_steps
+        self.due = False
 
     @property
     def state_key(self) -> str:
@@ -94,9 +106,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves every so many steps."""
-        step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and resumable(trainer):
+        """Saves every so many steps, and if it is due, unless a later hook will."""
+        often = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if (often or self.due) and resumable(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,6 +138,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Writes the file; all processes must come here together."""
+        self.due = False
         if trainer.fast_dev_run:
             return
         self.last_model_path = self.best_model_path = self.format_checkpoint_name({})

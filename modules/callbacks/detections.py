@@ -71,7 +71,7 @@ class DetectionWriter(Callback):
             self.file.write(json.dumps([item | own for item in items]) + "\n")
             if self.drawing is not None:
                 figure = self.drawing.picture(image.cpu(), found)
-                with replacing(path) as temporary:
+                with replacing(path, durable=False) as temporary:
                     figure.savefig(temporary, pil_kwargs={"compress_level": 1})  # twice as fast
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ._files import log_dir
 from ._ranks import largest
-from .checkpoints import LastCheckpoint, resumable
+from .checkpoints import LastCheckpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,16 +56,16 @@ class Interruption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks all processes whether to stop, and saves unless a later hook will."""
+        """Asks all processes whether to stop; if so, the last checkpoint is due."""
         if trainer.fit_loop.epoch_loop._should_accumulate():  # not public: the step is to be ended
             return
         self._agreed = self._received
         if trainer.world_size > 1:  # one process alone has no device to ask
             device = trainer.strategy.root_device
             self._agreed = int(largest(trainer, torch.tensor(self._received, device=device)))
-        if self._agreed and resumable(trainer):
+        if self._agreed:
             for callback in _last(trainer):
-                callback.save(trainer)
+                callback.due = True
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -40,7 +40,7 @@ class MaskWriter(Callback):
         if trainer.fast_dev_run:
             return
         for name, ids in zip(outputs["names"], outputs["ids"], strict=True):
-            with replacing(picture_path(data, self.folder, name)) as temporary:
+            with replacing(picture_path(data, self.folder, name), durable=False) as temporary:
                 picture(ids, palette).save(temporary)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

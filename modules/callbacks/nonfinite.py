@@ -22,9 +22,9 @@ class NonFinite(Callback):
 
     A skipped step changes neither weights nor moments; the schedule goes on. The number of them is
     logged as ``train/skipped_steps`` once there is one. The run stops after ``limit`` in a row, and
-    leaves the batches of the last in ``<log folder>/nonfinite/step_N_rank_R.pt``, which
-    ``torch.load`` opens. Steps that the scaler of ``16-mixed`` skips for their gradients, to find
-    its scale, are its own affair.
+    each process leaves in ``<log folder>/nonfinite/step_N_rank_R.pt``, which ``torch.load`` opens,
+    the batches of the last step whose loss was no number, or else the last one. Steps that the
+    scaler of ``16-mixed`` skips for their gradients, to find its scale, are its own affair.
     """
 
     def __init__(self, limit: int = 10) -> None:
@@ -38,14 +38,15 @@ class NonFinite(Callback):
         self.limit = limit
         self.skipped = 0
         self.in_a_row = 0
-        self._batches: list[Any] = []  # since the last step: any may be the cause
+        self._batch: Any = None
+        self._at_fault: list[Any] = []
         self._bad: Tensor | None = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the batch until its step is made."""
-        self._batches.append(batch)
+        """Keeps the batch as long as it is trained on."""
+        self._batch = batch
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -53,6 +54,9 @@ class NonFinite(Callback):
         """Notes a loss that is no number, and does not wait for the device to know."""
         bad = ~loss.detach().isfinite()
         self._bad = bad if self._bad is None else self._bad | bad
+        # Waiting for it after each batch of an accumulation is for the step that may be the last.
+        if self.in_a_row == self.limit - 1 and bad:
+            self._at_fault.append(_on_cpu(self._batch))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -70,8 +74,7 @@ class NonFinite(Callback):
             return
         self.skipped += 1
         self.in_a_row += 1
-        if not scaled:  # a scaler skips by itself, and wants to see the gradients
-            optimizer.zero_grad(set_to_none=True)
+        _drop(optimizer, scaled)
         if self.in_a_row >= self.limit:
             self._stop(trainer)
         rank_zero_warn(
@@ -83,8 +86,7 @@ class NonFinite(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs how many steps were skipped."""
-        if self._bad is None:  # a step was made
-            self._batches.clear()
+        self._batch = None
         if self.skipped:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
@@ -99,14 +101,22 @@ class NonFinite(Callback):
     def _stop(self, trainer: Trainer) -> None:
         name = f"step_{trainer.global_step}_rank_{trainer.global_rank}.pt"
         path = log_dir(trainer) / "nonfinite" / name
-        plain = apply_to_collection(self._batches, Tensor, _plain)
+        batches = self._at_fault or [_on_cpu(self._batch)]
         with replacing(path) as temporary:
-            torch.save({"batches": plain, "epoch": trainer.current_epoch}, temporary)
+            torch.save({"batches": batches, "epoch": trainer.current_epoch}, temporary)
+        trainer.strategy.barrier("nonfinite")  # the first to fail ends those that still write
         raise FloatingPointError(
             f"loss or gradients were not finite in {self.in_a_row} steps in a row:\n"
-            "train with a lower rate (--model.optimizer AdamW --model.optimizer.lr VALUE)\n"
-            f"the batches of the last step are in {path}"
+            "train with a lower rate (--model.lr VALUE)\n"
+            f"the batches to look at are in {path}"
         )
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """This process's, as plain tensors."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
 
 def _norm(optimizer: Optimizer) -> Tensor:
@@ -114,12 +124,22 @@ def _norm(optimizer: Optimizer) -> Tensor:
 
     One that overflows is of gradients that no weights survive.
     """
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
-    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    return torch.nn.utils.get_total_norm(shards)
+    return torch.nn.utils.get_total_norm(_gradients(optimizer))
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Without the class that a box or a mask has, which no reader of weights alone knows."""
-    return tensor.detach().cpu().as_subclass(Tensor)
+def _drop(optimizer: Optimizer, scaled: bool) -> None:
+    """Makes the step that follows change nothing.
+
+    Where the step unscales the gradients itself, as fused ones do, a scaler is yet to look at them,
+    and insists on some. In the other cases it has looked.
+    """
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's own mark
+        for gradient in _gradients(optimizer):
+            gradient.fill_(torch.inf)
+    else:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _on_cpu(batch: Any) -> Any:
+    """Copies without the class that a box or a mask has, which no reader of weights alone knows."""
+    return apply_to_collection(batch, Tensor, lambda t: t.detach().cpu().as_subclass(Tensor))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 
+from ..adapters import AdapterError, read_config
+from ..adapters.files import WEIGHTS, read_tensors
 from ..adapters.replacing import leftovers, remove
 from .metrics_file import go_on_with_metrics
 
@@ -23,8 +29,11 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
-def run_config(run: Path) -> dict[str, Any]:
+def run_config(run: Path) -> tuple[dict[str, Any], Start | None]:
     """The config of a run, to be parsed again so that it goes on in its own folder.
+
+    Returns:
+        The config, and the checkpoint that it names, if the run has any.
 
     Raises:
         FileNotFoundError: If the folder is not one of a run.
@@ -44,7 +53,7 @@ def run_config(run: Path) -> dict[str, Any]:
     found = newest_checkpoint(run)
     if found is None and checkpoints(run):
         raise ValueError(f"no checkpoint below {run} can be read: start anew, in another folder")
-    return {**config, "ckpt_path": found and str(found)}
+    return {**config, "ckpt_path": found and found.path}, found
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -53,99 +62,171 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint below a folder that a fit can go on from; says which it passes over."""
-    for path in checkpoints(folder):
-        try:
-            whole = "optimizer_states" in read_checkpoint(str(path))
-        except ValueError as error:
-            tell(f"passed over: {error}")
-            continue
-        if whole:
-            return path
+@dataclass(frozen=True)
+class Start:
+    """What there is to know of a checkpoint before a run starts from it, without its tensors.
+
+    Attributes:
+        path: The file.
+        steps: Steps of the optimizer behind it.
+        epochs: Whole epochs behind it.
+        trains: Whether a fit can go on from it.
+        settings: The hyper-parameters of "model" and "data".
+    """
+
+    path: str
+    steps: int
+    epochs: int
+    trains: bool
+    settings: dict[str, Any]
+
+
+def newest_checkpoint(run: Path) -> Start | None:
+    """The good checkpoint of a run that has come furthest; says which it passes over.
+
+    The time of a file does not tell: copies lose it, and last and best may have the same.
+    """
+    found: list[tuple[Any, Start]] = []
+    for path in checkpoints(run):
+        with _passing_over():
+            start = _start(str(path))
+            rank = start.steps, path.stat().st_mtime, path.stem == "last"
+            found += [(rank, start)] if start.trains else []
+    for _, start in sorted(found, key=itemgetter(0), reverse=True):
+        with _passing_over():
+            _check_sums(start.path)
+            return start
     return None
 
 
-def read_checkpoint(path: str) -> Checkpoint:
-    """Opens a checkpoint of litflora.
+@contextmanager
+def _passing_over() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        tell(f"passed over: {error}")
+
+
+def examine(path: str) -> Start:
+    """Reads a checkpoint to start from, all of it.
 
     Raises:
         FileNotFoundError: If it is not there.
         ValueError: If it is torn, or something else.
     """
-    import torch
+    start = _start(path)
+    _check_sums(path)
+    return start
 
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """Opens a checkpoint of litflora, whose tensors are read where they are used.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is torn, or something else; sums are not checked.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():
-                    raise ValueError(f"the checksum of {damaged} does not hold")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    with _named(path):
+        mapped = zipfile.is_zipfile(path)  # other files, as torch once wrote, cannot be
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         state = checkpoint["state_dict"]
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is damaged or no checkpoint of litflora: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no checkpoint of litflora: its state_dict is no dict")
     return checkpoint
 
 
-def check_unfinished(
-    path: str, checkpoint: Checkpoint, max_epochs: int | None, max_steps: int
-) -> None:
+def _start(path: str) -> Start:
+    checkpoint = open_checkpoint(path)
+    names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+    with _named(path):
+        # One of weights alone does not say how far it has come.
+        loops = checkpoint.get("loops")
+        return Start(
+            path=path,
+            steps=checkpoint.get("global_step", 0),
+            epochs=loops["fit_loop"]["epoch_progress"]["current"]["processed"] if loops else 0,
+            trains="optimizer_states" in checkpoint,
+            settings={kind: checkpoint.get(name) for kind, name in names.items()},
+        )
+
+
+def _check_sums(path: str) -> None:
+    if zipfile.is_zipfile(path):
+        with _named(path), zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} does not hold")
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Whatever is raised by a file that is none of ours names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged or no checkpoint of litflora: {reason}") from error
+
+
+def check_unfinished(start: Start, max_epochs: int | None, max_steps: int) -> None:
     """Raises if a fit has nothing left to do.
 
     Args:
-        path: The checkpoint's file.
-        checkpoint: What is in it.
+        start: The checkpoint.
         max_epochs: The length of the fit in epochs, None or -1 if it has none.
         max_steps: The length of the fit in steps, -1 if it has none.
     """
-    # One of weights alone does not say how far it has come.
-    loops = checkpoint.get("loops")
-    epochs = loops["fit_loop"]["epoch_progress"]["current"]["processed"] if loops else 0
-    if max_epochs is not None and 0 < max_epochs <= epochs:
+    if max_epochs is not None and 0 < max_epochs <= start.epochs:
         raise ValueError(
-            f"{path} has had {epochs} epochs already: raise trainer.max_epochs above {max_epochs}"
+            f"{start.path} has had {start.epochs} epochs already: raise trainer.max_epochs above "
+            f"{max_epochs}"
         )
-    steps = checkpoint.get("global_step", 0)
-    if 0 < max_steps <= steps:
+    if 0 < max_steps <= start.steps:
         raise ValueError(
-            f"{path} has had {steps} steps already: raise trainer.max_steps above {max_steps}"
+            f"{start.path} has had {start.steps} steps already: raise trainer.max_steps above "
+            f"{max_steps}"
         )
 
 
-def prepare(run: Path, logger: Any, checkpoint: Checkpoint) -> None:
+def has_adapter(run: Path) -> bool:
+    """Whether a fit has left its adapter, whole."""
+    return any(_is_adapter(folder) for folder in run.glob("adapter*"))
+
+
+def _is_adapter(folder: Path) -> bool:
+    try:
+        read_config(folder)
+        read_tensors(folder / WEIGHTS)
+    except AdapterError:
+        return False
+    return True
+
+
+def prepare(run: Path, logger: Any, step: int) -> None:
     """Readies the folder of a run that goes on, and says from where.
 
     Args:
         run: The folder.
         logger: The logger of the run.
-        checkpoint: What it goes on from, empty if it had not saved anything.
+        step: The step that it goes on from, 0 if it had saved nothing.
     """
     for folder in (run, run / "checkpoints"):
         for path in leftovers(folder) if folder.is_dir() else []:
             remove(path)
-    step = checkpoint.get("global_step", 0)
     if isinstance(logger, CSVLogger):
         go_on_with_metrics(logger, step)
-    where = f"goes on after step {step}" if checkpoint else "starts anew: it had saved nothing"
+    where = f"goes on after step {step}" if step else "starts anew: it had saved nothing"
     tell(f"resume   {run} {where}")
 
 
-def differences(checkpoint: Checkpoint, model: Any, data: Any) -> list[str]:
+def differences(start: Start, model: Any, data: Any) -> list[str]:
     """What model and data are given otherwise than when the checkpoint was made, a line each."""
-    pairs = {
-        "model": (checkpoint.get("hyper_parameters"), model),
-        "data": (checkpoint.get("datamodule_hyper_parameters"), data),
-    }
+    given = {"model": model, "data": data}
     lines = []
-    for name, (before, module) in pairs.items():
-        old, new = (
-            dict(_flat(name, each or {})) for each in (before, getattr(module, "hparams", {}))
-        )
+    for name, module in given.items():
+        both = start.settings[name], getattr(module, "hparams", {})
+        old, new = (dict(_flat(name, each or {})) for each in both)
         lines += [
             f"{key} is {new[key]!r}, and was {old[key]!r} when the checkpoint was made"
             for key in old.keys() & new.keys()

@@ -81,8 +81,8 @@ class ResumeAction(Action):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         """Applies the run's own config, with its newest good checkpoint: what comes later wins."""
         parser.resumed = Path(values)
-        config = yaml.safe_dump(resume.run_config(parser.resumed))
-        ActionConfigFile.apply_config(parser, cfg, "config", config)
+        config, parser.start = resume.run_config(parser.resumed)
+        ActionConfigFile.apply_config(parser, cfg, "config", yaml.safe_dump(config))
 
 
 def adapter_config(folder: str) -> tuple[dict[str, Any], list[str]]:
@@ -112,6 +112,7 @@ class RecipeParser(LightningArgumentParser):
         super().__init__(*args, **kwargs, allow_abbrev=False)
         self.saved_classes: list[str] = []  # those of the adapter that --adapter names
         self.resumed: Path | None = None  # the run that --resume names
+        self.start: resume.Start | None = None  # the checkpoint that was found in it
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Swaps in the action that knows recipes."""
@@ -209,31 +210,32 @@ class LitFloraCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.config_init[subcommand]
         if config.get("ckpt_path") == "last":
-            config.ckpt_path = last_checkpoint(self.trainer)
+            self._parser(subcommand).start = found = last_checkpoint(self.trainer)
+            config.ckpt_path = found.path
         if subcommand == "predict":  # callbacks write them, and all of them may fill the memory
             config.return_predictions = False
-        checkpoint = self._checkpoint(config.get("ckpt_path"))
+        step = self._first_step(config.get("ckpt_path"))
         first = self.trainer.is_global_zero
         if self.resumed is not None and first:
-            resume.prepare(self.resumed, self.trainer.logger, checkpoint)
+            resume.prepare(self.resumed, self.trainer.logger, step)
         new = first and self.resumed is None
         folder = own_folder(self.trainer) if new else None
         with removed_on_mistake(folder), ending_together(self.trainer):
             super()._run_subcommand(subcommand)
 
-    def _checkpoint(self, path: str | None) -> resume.Checkpoint:
-        """What the run starts from, once it is known to be good; nothing for a fresh start."""
+    def _first_step(self, path: str | None) -> int:
+        """The step of the checkpoint to start from, once that is known to be good; else 0."""
         if path is None or path in ("best", "hpc", "registry"):
-            return {}
-        checkpoint = resume.read_checkpoint(path)
+            return 0
+        found = self._parser(self.command).start
+        start = found if found and found.path == path else resume.examine(path)
         if self.command == "fit":
             # A run that was killed before it wrote its adapter has that to do.
-            if self.resumed is None or any(self.resumed.glob("adapter*")):
-                max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
-                resume.check_unfinished(path, checkpoint, max_epochs, max_steps)
-            for line in resume.differences(checkpoint, self.model, self.datamodule):
+            if self.resumed is None or resume.has_adapter(self.resumed):
+                resume.check_unfinished(start, self.trainer.max_epochs, self.trainer.max_steps)
+            for line in resume.differences(start, self.model, self.datamodule):
                 resume.tell(line)
-        return checkpoint
+        return start.steps
 
 
 def run(command: str, args: list[str]) -> None:
@@ -315,14 +317,15 @@ def default_callbacks(trainer: Any, command: str | None = None) -> list[Callback
     return found
 
 
-def last_checkpoint(trainer: Trainer) -> str:
+def last_checkpoint(trainer: Trainer) -> resume.Start:
     """The newest good checkpoint that any run of this recipe has left."""
     folder = own_folder(trainer)
     runs = Path(trainer.default_root_dir) if folder is None else folder.parent
-    found = resume.newest_checkpoint(runs)
+    folders = dict.fromkeys(path.parent for path in resume.checkpoints(runs))  # newest first
+    found = next(filter(None, map(resume.newest_checkpoint, folders)), None)
     if found is None:
         raise FileNotFoundError(f"there is no checkpoint below {runs}: give --ckpt_path a file")
-    return str(found)
+    return found
 
 
 def _check_writable(folder: Path) -> None:

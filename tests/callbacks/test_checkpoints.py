@@ -1,5 +1,8 @@
 """BestCheckpoint and LastCheckpoint: which files exist when, and whose they are."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -89,6 +92,20 @@ def test_another_runs_folder_is_refused(base, tmp_path):
     assert fit(base, tmp_path, ckpt_path=path, max_epochs=3).global_step == 9
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_all_processes_know_of_a_best_that_the_first_one_sees(base, tmp_path, monkeypatch, there):
+    """A disk that they share may show them a file at different times."""
+    run = fit(base, tmp_path)
+    state = run.checkpoint_callbacks[0].state_dict()
+    other = BestCheckpoint()
+    other.setup(run, run.lightning_module, "fit")
+    other.dirpath = str(tmp_path / ("elsewhere" if there else "checkpoints"))
+    monkeypatch.setattr(run.strategy, "broadcast", lambda own, src=0: there)
+    other.on_load_checkpoint(run, run.lightning_module, {})
+    other.load_state_dict(state)
+    assert (other.best_model_score == state["best_model_score"]) == there
+
+
 class Config:
     """What the command line has read of a trainer."""
 
@@ -122,19 +139,27 @@ def test_a_save_that_fails_leaves_the_file_of_before(tmp_path):
 def test_what_is_written_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
-        plain = getattr(__import__("os"), name)
+        plain = getattr(os, name)
 
         def noted(*args, name=name, plain=plain):
-            calls.append(name)
+            file = Path(f"/dev/fd/{args[0]}").resolve().name if name == "fsync" else ""
+            calls.append(f"{name} {file}".strip())
             return plain(*args)
 
         monkeypatch.setattr(f"os.{name}", noted)
     with replacing(tmp_path / "a") as temporary:
         temporary.write_text("whole")
-    assert calls == ["fsync", "replace", "fsync"]
+    around = [f"fsync {temporary.name}", "replace", f"fsync {tmp_path.name}"]
+    assert calls == around
+    calls.clear()
+    with replacing(tmp_path / "a", durable=False) as temporary:
+        temporary.write_text("a picture")
+    assert calls == ["replace"]
+    calls.clear()
     with replacing(tmp_path / "folder") as temporary:
         temporary.mkdir()
         (temporary / "b").touch()
+    assert calls == ["fsync b", *(each.replace(".a.", ".folder.") for each in around)]
     assert (tmp_path / "folder" / "b").is_file()
     with pytest.raises(OSError, match="not empty"), replacing(tmp_path / "folder") as temporary:
         temporary.mkdir()

@@ -14,7 +14,7 @@ from tiny import Colours, module, save_base, trainer
 from torch.multiprocessing import ProcessExitedException
 
 from litflora.adapters import FLoRA
-from litflora.callbacks import BestCheckpoint, Interruption, LastCheckpoint
+from litflora.callbacks import EMA, BestCheckpoint, Interruption, LastCheckpoint
 from litflora.datamodules import ShapesDataModule
 from litflora.datamodules.scenes import KINDS
 
@@ -47,12 +47,12 @@ class Send(Callback):
         self.validated += not trainer.sanity_checking
 
 
-def fit(base, folder, *callbacks, ckpt_path=None, **options):
+def fit(base, folder, *callbacks, guards=(), ckpt_path=None, **options):
     torch.manual_seed(0)
     classes = {"num_classes": len(KINDS), "class_names": list(KINDS)}
     made = module(base, tuning=FLoRA(rank=2, dropout=0.1), **classes)
     data = ShapesDataModule(train_samples=16, val_samples=4, img_size=32, batch_size=4)
-    own = [*callbacks, Interruption(), BestCheckpoint(), LastCheckpoint()]
+    own = [*callbacks, *(guards or [Interruption()]), BestCheckpoint(), LastCheckpoint()]
     settings = {"max_epochs": 3, "enable_checkpointing": True, "log_every_n_steps": 1, **options}
     run = trainer(folder, callbacks=own, logger=CSVLogger(folder, name="", version=""), **settings)
     run.fit(made, data, ckpt_path=ckpt_path, weights_only=True)
@@ -79,6 +79,17 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(base, tmp_path, capsys):
     path = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     resumed = fit(base, tmp_path / "cut", ckpt_path=path).state_dict()
     whole = fit(base, tmp_path / "whole").state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_what_is_saved_has_the_hooks_of_all_callbacks_behind_it(base, tmp_path):
+    guards = Interruption(), EMA(0.6)
+    send = Send("on_before_backward", 5, signal.SIGTERM)
+    assert stopped(base, tmp_path / "cut", send, guards=guards) == (143, 6)
+    path = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    again = fit(base, tmp_path / "cut", guards=(Interruption(), EMA(0.6)), ckpt_path=path)
+    whole = fit(base, tmp_path / "whole", guards=(EMA(0.6),)).state_dict()
+    resumed = again.state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
@@ -137,10 +148,12 @@ class Kill(Send):
 def test_a_signal_to_one_process_stops_all(base, tmp_path):
     with pytest.raises(ProcessExitedException, match="exit code 143"):
         worlds.run(signalled, base, tmp_path)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
+    # Both draw by the seed of the first, which checkpoints hold.
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2 70", "2 70"]
 
 
 def signalled(base, folder):
+    torch.manual_seed(70 + int(os.environ["RANK"]))
     kill = Kill("on_train_batch_start", 1, signal.SIGTERM)
     run = trainer(
         folder,
@@ -153,8 +166,8 @@ def signalled(base, folder):
 
 
 class Note(Callback):
-    """Writes how many steps a process has made."""
+    """Writes how many steps a process has made, and the seed that it draws by."""
 
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, pl_module, *_):
         path = Path(trainer.default_root_dir, f"{trainer.global_rank}.txt")
-        path.write_text(str(trainer.global_step))
+        path.write_text(f"{trainer.global_step} {pl_module._seed}")

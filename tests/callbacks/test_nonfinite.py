@@ -108,7 +108,35 @@ def test_the_batch_at_fault_is_kept_where_gradients_are_accumulated(base, tmp_pa
     with pytest.raises(FloatingPointError):
         fit(base, tmp_path, Spoil(2), NonFinite(limit=1), accumulate_grad_batches=2)
     kept = torch.load(tmp_path / "nonfinite" / "step_1_rank_0.pt", weights_only=True)["batches"]
-    assert [images.isnan().any().item() for images, _ in kept] == [True, False]
+    assert [images.isnan().any().item() for images, _ in kept] == [True]  # not the one after it
+
+
+def test_of_gradients_alone_at_fault_the_last_batch_is_kept(base, tmp_path):
+    class Burst(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            next(p.grad for p in pl_module.parameters() if p.grad is not None).fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError):
+        fit(base, tmp_path, Burst(), NonFinite(limit=1), accumulate_grad_batches=2)
+    kept = torch.load(tmp_path / "nonfinite" / "step_0_rank_0.pt", weights_only=True)["batches"]
+    assert [len(labels) for _, labels in kept] == [8]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scaler_takes_no_step_of_an_infinite_loss(base, tmp_path, monkeypatch, fused):
+    infinite_loss(monkeypatch)
+    half = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    spoil = Spoil()
+    tuned = {
+        "tuning": FLoRA(rank=2),
+        "optimizer": lambda p: torch.optim.AdamW(p, 1e-3, fused=fused),
+    }
+    guard = NonFinite()
+    run = trainer(tmp_path, callbacks=[spoil, guard], limit_val_batches=0, **half)
+    run.fit(module(base, **tuned), Colours(n=32))
+    assert guard.skipped == 1
+    assert not moved(spoil.states[0], spoil.states[1])
+    assert moved(spoil.states[1], spoil.states[2])
 
 
 def test_a_scaler_finds_its_scale_by_itself(base, tmp_path):

@@ -14,7 +14,7 @@ from shell import QUIET, litflora
 from litflora import ClassificationModule
 from litflora.checkpoint_io import AtomicCheckpointIO
 from litflora.commands.mistakes import explain
-from litflora.commands.resume import read_checkpoint
+from litflora.commands.resume import open_checkpoint
 from litflora.datamodules.base import Samples
 
 RUN = Path("quickstart", "version_0")
@@ -60,10 +60,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk):
     assert "No space left on device" in ran.err
     folder = small_disk / RUN / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert read_checkpoint(str(folder / "last.ckpt"))["global_step"] == 4
+    assert open_checkpoint(str(folder / "last.ckpt"))["global_step"] == 4
     with pytest.raises(OSError, match="No space left"):  # of one large tensor, too
         AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(10**6)}, folder / "last.ckpt")
-    assert read_checkpoint(str(folder / "last.ckpt"))["global_step"] == 4
+    assert open_checkpoint(str(folder / "last.ckpt"))["global_step"] == 4
     (folder / "best.ckpt").unlink()
     resumed = litflora("fit", "--resume", small_disk / RUN, "--trainer.limit_val_batches", "0")
     assert resumed.code == 0, resumed.err
@@ -93,7 +93,7 @@ def test_a_killed_data_worker_is_told_and_the_state_saved(here, monkeypatch):
     assert "a process that loads data was killed" in ran.err
     assert "litflora fit --resume" in ran.err
     last = Path("runs") / RUN / "checkpoints" / "last.ckpt"
-    assert read_checkpoint(str(last))["global_step"] == 10
+    assert open_checkpoint(str(last))["global_step"] == 10
     resumed = litflora("fit", "--resume", Path("runs") / RUN)
     assert resumed.code == 0, resumed.err
     assert "goes on after step 10" in resumed.out
@@ -122,7 +122,7 @@ def test_exit_codes_of_signals(here, monkeypatch, signals, workers, code):
     ran = fit("runs", "--data.num_workers", workers)
     assert ran.code == code, ran.err
     assert "litflora fit --resume runs/quickstart/version_0" in ran.out
-    last = read_checkpoint(str(Path("runs") / RUN / "checkpoints" / "last.ckpt"))
+    last = open_checkpoint(str(Path("runs") / RUN / "checkpoints" / "last.ckpt"))
     assert last["global_step"] == (8 if len(signals) == 1 else 6)  # twice: that of the epoch's end
 
 

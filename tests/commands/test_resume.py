@@ -1,6 +1,7 @@
 """`litflora fit --resume`: in the same folder, from the newest good checkpoint."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from shell import QUIET, files_below, litflora
 
 from litflora.adapters.replacing import leftovers
-from litflora.commands.resume import newest_checkpoint, read_checkpoint
+from litflora.commands import resume
+from litflora.commands.resume import has_adapter, newest_checkpoint, open_checkpoint
 
 RUN = Path("runs", "quickstart", "version_0")
 LAST = RUN / "checkpoints" / "last.ckpt"
@@ -32,7 +34,7 @@ def fit(*more):
 
 
 def tensors(path=LAST):
-    checkpoint = read_checkpoint(str(path))
+    checkpoint = open_checkpoint(str(path))
     return checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"]
 
 
@@ -63,7 +65,7 @@ def made(tmp_path_factory):
                 patch.setattr("litflora.ClassificationModule.training_step", _stopping(stop))
             ran = fit("--config", OFTEN)
             assert ran.code == (130 if stop else 0), ran.err
-    assert read_checkpoint(str(folder / "cut" / LAST))["global_step"] == 8
+    assert open_checkpoint(str(folder / "cut" / LAST))["global_step"] == 8
     return folder
 
 
@@ -88,7 +90,9 @@ def cut(made, tmp_path, monkeypatch):
     return made / "whole" / RUN
 
 
-def test_it_goes_on_in_the_folder_as_if_nothing_had_been(cut):
+def test_it_goes_on_in_the_folder_as_if_nothing_had_been(cut, monkeypatch):
+    read, plain = [], resume._check_sums
+    monkeypatch.setattr(resume, "_check_sums", lambda path: (read.append(path), plain(path)))
     config = (RUN / "config.yaml").read_text()
     (LAST.parent / ".last.77-123.ckpt").write_bytes(b"half")  # a killed run was writing it
     with (RUN / "metrics.csv").open("a") as file:
@@ -98,6 +102,7 @@ def test_it_goes_on_in_the_folder_as_if_nothing_had_been(cut):
     assert f"resume   {RUN} goes on after step 8" in ran.out
     assert "val/acc" in ran.out
     assert "before tuning" in ran.out
+    assert read == [str(LAST)]  # once
     assert files_below(RUN) == files_below(cut)
     assert same(tensors(), tensors(cut / "checkpoints" / "last.ckpt"))
     assert rows() == rows(cut)
@@ -115,7 +120,7 @@ def test_the_best_stays_known_in_a_folder_that_has_moved(cut):
     before = Path("moved/checkpoints/best.ckpt").read_bytes()
     assert litflora("fit", "--resume", "moved").code == 0
     assert Path("moved/checkpoints/best.ckpt").read_bytes() == before
-    after = best_of(read_checkpoint("moved/checkpoints/last.ckpt"))
+    after = best_of(open_checkpoint("moved/checkpoints/last.ckpt"))
     assert after["best_model_score"] == 2.0
     assert Path(after["best_model_path"]) == Path("moved/checkpoints/best.ckpt")
     assert {path.name for path in Path("moved/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -165,12 +170,33 @@ def test_a_run_that_was_killed_before_its_adapter_writes_it(cut):
     assert Path("done", weights).read_bytes() == (cut / weights).read_bytes()
 
 
+def test_an_adapter_is_there_if_it_can_be_read(cut, tmp_path):
+    shutil.copytree(cut / "adapter", tmp_path / "run" / "adapter")
+    assert has_adapter(tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert not has_adapter(tmp_path / "run")
+    weights.unlink()
+    assert not has_adapter(tmp_path / "run")
+
+
+def test_the_checkpoint_that_has_come_furthest_is_taken_whatever_the_time_of_its_file(cut):
+    best = LAST.with_name("best.ckpt")
+    os.utime(LAST, (0, 0))
+    found = newest_checkpoint(RUN)
+    assert (found.path, found.steps, found.epochs) == (str(LAST), 8, 1)
+    shutil.copy(LAST, best)
+    for path in (best, LAST):
+        os.utime(path, (0, 0))
+    assert newest_checkpoint(RUN).path == str(LAST)
+
+
 def test_options_win_and_what_differs_is_told(cut):
     ran = litflora("fit", "--resume", RUN, "--model.mixup", "0.5", "--trainer.max_epochs", "3")
     assert ran.code == 0, ran.err
     assert "model.mixup is 0.5, and was 0.2 when the checkpoint was made" in ran.out
-    assert read_checkpoint(str(LAST))["hyper_parameters"]["mixup"] == 0.5
-    assert read_checkpoint(str(LAST))["epoch"] == 2
+    assert open_checkpoint(str(LAST))["hyper_parameters"]["mixup"] == 0.5
+    assert open_checkpoint(str(LAST))["epoch"] == 2
     newer = fit("--ckpt_path", "last", "--trainer.max_epochs", "4")
     assert newer.code == 0, newer.err
     assert "model.mixup is 0.2, and was 0.5 when the checkpoint was made" in newer.out
@@ -195,7 +221,7 @@ def test_a_folder_that_is_no_run_is_told(cut):
 def test_damage_anywhere_is_seen(made, tmp_path, damage):
     whole = (made / "cut" / LAST).read_bytes()
     (tmp_path / "a.ckpt").write_bytes(whole)
-    assert newest_checkpoint(tmp_path).name == "a.ckpt"
+    assert newest_checkpoint(tmp_path).path == str(tmp_path / "a.ckpt")
     for place in range(2000, len(whole), len(whole) // 20):
         data = bytearray(whole)
         if damage == "cut":

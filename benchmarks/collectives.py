@@ -20,15 +20,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from models import Vision
-from sharding import STRATEGIES, Sizes, blocks
+from sharding import STRATEGIES, Sizes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from variants import VARIANTS
+
+from litflora.precision import hold_base
+from litflora.sharding import shard
 
 STEPS = 3  # the first makes DDP's buckets, the second the optimizer's state
 RANKS = 2
@@ -84,14 +86,12 @@ def local_bytes(tensors: Any) -> int:
     return sum(t.nbytes for t in own)
 
 
-def spread(net: Any, strategy: str) -> nn.Module:
-    """The network over all ranks; shards are its blocks, and what is left of it."""
+def spread(net: nn.Module, strategy: str) -> nn.Module:
+    """The network over all ranks."""
     if strategy == "DDP":
         return DistributedDataParallel(net)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in blocks(net).values():
-        fully_shard(block, mesh=mesh)
-    return fully_shard(net, mesh=mesh)
+    shard(net, init_device_mesh("cpu", (dist.get_world_size(),)))
+    return net
 
 
 def counted(net: nn.Module, x: Tensor, strategy: str) -> dict[str, int]:
@@ -102,8 +102,10 @@ def counted(net: nn.Module, x: Tensor, strategy: str) -> dict[str, int]:
     for _ in range(STEPS):
         dist.barrier()
         before, payloads = received(), Payloads()
+        with payloads, torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x), torch.arange(len(x)))
         with payloads:
-            F.cross_entropy(model(x), torch.arange(len(x))).backward()
+            loss.backward()
         dist.barrier()
         wire = received() - before
         optimizer.step()
@@ -124,7 +126,8 @@ def measure(model: Vision, tunings: dict[str, str]) -> dict[tuple[str, str], Mea
 
     Args:
         model: The network.
-        tunings: Names of variants by name of the tuning.
+        tunings: Names of variants by name of the tuning; one whose name ends in "bf16 base" has its
+            frozen layers held so.
 
     Returns:
         By tuning and strategy, what rank 0 counts.
@@ -142,6 +145,8 @@ def _work(rank: int, model: Vision, tunings: dict[str, str], folder: str) -> Non
     for tuning, variant in tunings.items():
         for strategy in STRATEGIES:
             net = VARIANTS[variant](model.build())
+            if tuning.endswith("bf16 base"):
+                hold_base(net, torch.bfloat16)
             sizes = Sizes.of(net, RANKS if strategy == "FSDP2" else 1)
             found[tuning, strategy] = Measured(sizes, counted(net, model.example(), strategy))
     if rank == 0:

@@ -162,6 +162,10 @@ class Classifier(nn.Module):
         """The head, by timm's name for it."""
         return self.classifier
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """The layers of the stack, by timm's name for blocks."""
+        return {"blocks": r"^stack\.layers\.(\d+)"}
+
 
 VISION = {  # batch, pixels
     "convnext_tiny": (8, 128),

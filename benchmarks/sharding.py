@@ -7,24 +7,17 @@ blocks: FSDP2 gathers them once, and the blocks once for forward and once for ba
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from litflora.backbones.blocks import blocks
+
 STRATEGIES = ("DDP", "FSDP2")
-# Of timm's ConvNeXts and ViTs, and of transformers' decoders.
-BLOCK = re.compile(r"(.*\.)?(blocks|layers)\.\d+")
 # Shares of a payload that leave each of n ranks, as shares of (n - 1) / n: in a ring, and in gloo,
 # which reduces everything on every rank where a shard is asked for.
 RING = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 GLOO = {**RING, "reduce-scatter": 2}
-
-
-def blocks(net: nn.Module) -> dict[str, nn.Module]:
-    """What is sharded on its own, by name."""
-    found = {n: m for n, m in net.named_modules() if BLOCK.fullmatch(n)}
-    return {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)}
 
 
 @dataclass(frozen=True)

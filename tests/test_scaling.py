@@ -8,7 +8,7 @@ import scaling
 import torch
 from collectives import RANKS, Payloads, measure, received
 from models import Vision
-from sharding import GLOO, Sizes, blocks, held, payloads, sent
+from sharding import GLOO, Sizes, held, payloads, sent
 from torch import nn
 
 TINY = Vision(batch=2, size=160, name="test_vit")
@@ -17,11 +17,11 @@ TINY = Vision(batch=2, size=160, name="test_vit")
 @pytest.fixture(scope="module")
 def measured():
     """Two processes, for all tests."""
-    return measure(TINY, scaling.TUNINGS)
+    return measure(TINY, scaling.COUNTED)
 
 
 def test_what_is_held_and_handed_over_is_that_of_the_formulas(measured):
-    assert len(measured) == 6
+    assert len(measured) == 8
     for (tuning, strategy), (sizes, counted) in measured.items():
         formulas = {**held(sizes, strategy, RANKS), **payloads(sizes, strategy)}
         assert formulas == {k: v for k, v in counted.items() if k != "wire"}, (tuning, strategy)
@@ -43,13 +43,22 @@ def test_adapters_send_little_of_a_base_that_all_ranks_have(measured):
         assert shares[0] > 0.5 * shares[1]
 
 
+def test_a_base_in_bf16_is_half_as_much_to_hold_and_to_gather(measured):
+    """But for norms and embeddings, which stay as they are; and trained weights, too."""
+    for strategy, kind in (("DDP", "weights"), ("FSDP2", "weights"), ("FSDP2", "all-gather")):
+        whole, half = (measured[t, strategy] for t in ("FLoRA", "FLoRA, bf16 base"))
+        saved = whole.counted[kind] - half.counted[kind]
+        assert 0.4 * whole.counted[kind] < saved < 0.5 * whole.counted[kind]
+        assert half.counted["gradients"] == whole.counted["gradients"]
+
+
 def test_formulas_of_a_network_whose_sizes_are_known():
     """Blocks of 3 x 2 and root of 1 x 2: the rows of neither are even."""
     net = nn.Module()
     net.blocks = nn.ModuleList(nn.Linear(2, 3, bias=False) for _ in range(2))
     net.head = nn.Linear(2, 1, bias=False)
     net.blocks.requires_grad_(False)
-    assert list(blocks(net)) == ["blocks.0", "blocks.1"]
+    net.group_matcher = lambda coarse: {"blocks": r"^blocks\.(\d+)"}
     assert Sizes.of(net) == Sizes(frozen=2 * 24, trained=8, root=8)
     sizes = Sizes.of(net, 2)
     assert sizes == Sizes(frozen=2 * 32, trained=16, root=16)

@@ -153,6 +153,7 @@ def test_a_signal_to_one_process_stops_all(base, tmp_path):
 
 
 def signalled(base, folder):
+    os.environ.pop("PL_GLOBAL_SEED", None)  # an earlier test's, which Lightning would seed by
     torch.manual_seed(70 + int(os.environ["RANK"]))
     kill = Kill("on_train_batch_start", 1, signal.SIGTERM)
     run = trainer(

@@ -319,10 +319,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_processes_find_one_rate(tmp_path):
+@pytest.mark.parametrize("recipe", ["trainer/ddp_cpu", "trainer/fsdp2_cpu"])
+def test_two_processes_find_one_rate(recipe, tmp_path):
     """It is that of their mean loss, and both train with it."""
     options = ["--config", "quickstart", *SMALL, *callback("LearningRateFinder", min_lr=1e-5)]
-    several = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    several = ["--config", recipe]
     runs = ["--trainer.default_root_dir", str(tmp_path)]
     command = [sys.executable, "-m", "litflora", "fit", *options, *several, *runs]
     found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
@@ -330,7 +331,7 @@ def test_two_processes_find_one_rate(tmp_path):
     folder = tmp_path / "quickstart" / "version_0"
     told = read_config(folder / "adapter")["metadata"]["model"]["init_args"]["lr"]
     assert told == float(rate)
-    (saved,) = (folder / "checkpoints").glob("*.ckpt")
-    (optimizer,) = torch.load(saved, weights_only=True)["optimizer_states"]
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    (optimizer,) = saved["optimizer_states"]
     assert {group["initial_lr"] for group in optimizer["param_groups"]} == {told}
     assert not list(tmp_path.rglob(".lr_find*"))

@@ -63,12 +63,31 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches have been given out."""
-        return {"epoch": self._epoch, "batches": self._given}
+        """The epoch, how many of its batches have been given out, and what a batch was."""
+        return {"epoch": self._epoch, "batches": self._given, **self._shares()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the next pass begin where the state was taken, if it is one through that epoch."""
+        """Lets the next pass begin where the state was taken, if it is one through that epoch.
+
+        Raises:
+            ValueError: Batches had another size then, or were shared among more or fewer processes:
+                the place in the epoch is one of those.
+        """
+        then = {key: state.get(key, now) for key, now in self._shares().items()}
+        if state["batches"] and then != self._shares():
+            told, asked = (
+                f"batches of {each['batch_size']} in {each['processes']} process(es)"
+                for each in (then, self._shares())
+            )
+            raise ValueError(
+                f"the checkpoint is of the middle of an epoch of {told}, and cannot go on with "
+                f"{asked}: give it as many, or start from a checkpoint of an epoch's end"
+            )
         self._loaded = (state["epoch"], state["batches"])
+
+    def _shares(self) -> dict[str, int]:
+        processes = getattr(self.sampler, "num_replicas", 1)
+        return {"batch_size": self.batch_size or 1, "processes": processes}
 
     @property
     def _epoch(self) -> int:

@@ -37,9 +37,18 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> Lockstep:
 def check_sharded(module: nn.Module) -> None:
     """Raises if a parameter trains and is not shared out: nothing would average its gradient.
 
+    Args:
+        module: A TuningModule, whose ``configure_model`` has shared its network out.
+
     Raises:
-        ValueError: There is one; the processes would drift apart without a word.
+        ValueError: There is one, and the processes would drift apart without a word; or the module
+            is another kind.
     """
+    if not hasattr(module, "lockstep"):
+        raise ValueError(
+            f"litflora.strategies.FSDP2 shares out the networks of litflora's modules, and "
+            f"{type(module).__name__} is none: derive it from litflora.TuningModule"
+        )
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not hasattr(parameter, "full_tensor"):
             raise ValueError(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 from objects import write_coco, write_coco_folder, write_people, write_voc
 from shell import QUIET, litflora, litflora_process, make_masks, make_photos
@@ -97,7 +98,6 @@ PARTS = [name for name in RECIPES if name.split("/")[0] in ("tuning", "trainer",
 
 @pytest.mark.parametrize("name", PARTS)
 def test_part_runs_over_the_embedded_recipe(name, tmp_path):
-    import torch
 
     trainer = settings_of(name).get("trainer", {})
     if trainer.get("accelerator") == "gpu" and not torch.cuda.is_available():
@@ -204,6 +204,16 @@ def test_a_detector_is_one_option(detector, tmp_path):
 @pytest.mark.parametrize("name", [name for name in PHOTOS if "model" in settings_of(name)])
 def test_backbone_has_pretrained_weights(name):
     assert timm.models.get_pretrained_cfg(backbone_of(name)).hf_hub_id
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["gpu", "ddp", "fsdp1", "fsdp2"])
+def test_recipes_of_gpus_fail_for_want_of_one_alone(name, tmp_path):
+    where = ("--trainer.default_root_dir", tmp_path)
+    result = litflora("fit", "--config", "quickstart", "--config", f"trainer/{name}", *where)
+    assert result.code == 2
+    assert "gpu" in result.err.lower()
+    assert "strategy" not in result.err
 
 
 def test_the_promised_recipes_are_there():

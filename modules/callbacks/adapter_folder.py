@@ -11,12 +11,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ..adapters import save
 from ..adapters.replacing import replacing
 from ..adapters.sharded import is_sharded
 from ._files import log_dir
 from .checkpoints import BestCheckpoint
+
+State = dict[str, torch.Tensor]
 
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
     from ..module import TuningModule
@@ -70,11 +73,11 @@ class AdapterFolder(Callback):
         if trainer.fast_dev_run:
             return
         metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
+        state = None if best is None else _state_of(best.best_model_path)
+        best = None if state is None else best
         # A folder of the name is a whole adapter.
         with replacing(folder) if trainer.is_global_zero else nullcontext(folder) as place:
-            _save(
-                trainer, pl_module, None if best is None else best.best_model_path, place, metadata
-            )
+            _save(trainer, pl_module, state, place, metadata)
         if not trainer.is_global_zero:
             return
         if best is None:
@@ -112,10 +115,25 @@ def _best(trainer: Trainer) -> ModelCheckpoint | None:
     return None
 
 
+def _state_of(checkpoint: str) -> State | None:
+    """The weights in a checkpoint, None if it cannot be read: a fit is not lost for that."""
+    try:
+        # Moments stay in the file.
+        return torch.load(checkpoint, "cpu", weights_only=True, mmap=True)["state_dict"]
+    except (OSError, RuntimeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        rank_zero_warn(f"{checkpoint} cannot be read ({reason}): the adapter has the last weights")
+        return None
+
+
 def _save(
-    trainer: Trainer, module: TuningModule, best: str | None, folder: Path, metadata: dict[str, Any]
+    trainer: Trainer,
+    module: TuningModule,
+    best: State | None,
+    folder: Path,
+    metadata: dict[str, Any],
 ) -> None:
-    """Saves the weights, or those of the checkpoint ``best``; every process must call it."""
+    """Saves the weights, or the best instead; every process must call it."""
     if isinstance(trainer.strategy, FSDPStrategy):
         _save_flattened(trainer, module, best, folder, metadata)
     elif trainer.is_global_zero or is_sharded(module.net):  # of which each has a part to give
@@ -125,23 +143,23 @@ def _save(
             _save_best(module, best, folder, metadata)
 
 
-def _save_best(module: TuningModule, path: str, folder: Path, metadata: dict[str, Any]) -> None:
+def _save_best(module: TuningModule, best: State, folder: Path, metadata: dict[str, Any]) -> None:
     frozen = module.frozen_keys()
     last = {key: v.clone() for key, v in module.state_dict().items() if key not in frozen}
-    best = torch.load(path, "cpu", weights_only=True, mmap=True)  # moments stay in the file
-    module.load_state_dict(best["state_dict"])
+    module.load_state_dict(best)
     save(module.net, folder, metadata=metadata)
     module.load_state_dict(last)  # fit leaves the last weights in the module, as always
 
 
 def _save_flattened(
-    trainer: Trainer, module: TuningModule, best: str | None, folder: Path, metadata: dict[str, Any]
+    trainer: Trainer,
+    module: TuningModule,
+    best: State | None,
+    folder: Path,
+    metadata: dict[str, Any],
 ) -> None:
     """Saves what FSDP1 has made pieces of, from a network that is made anew."""
-    if best is None:
-        state = trainer.strategy.lightning_module_state_dict()
-    else:
-        state = torch.load(best, "cpu", weights_only=True)["state_dict"]
+    state = trainer.strategy.lightning_module_state_dict() if best is None else best
     if trainer.is_global_zero:
         whole = module.anew()
         whole.configure_model()

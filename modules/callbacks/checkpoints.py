@@ -103,6 +103,20 @@ class LastCheckpoint(ModelCheckpoint):
         _check_own(self, trainer)
         super().on_train_start(trainer, pl_module)
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tells other checkpoints of a run that goes on in its folder where their files are.
+
+        They know them by the folder's name of then, and would forget a best that is elsewhere.
+        """
+        if trainer.ckpt_path is None or not _same(Path(trainer.ckpt_path).parent, self.dirpath):
+            return
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
+            if isinstance(callback, ModelCheckpoint) and "best_k_models" in state:
+                _move(state, str(callback.dirpath), trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -151,6 +165,29 @@ class LastCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes nothing over."""
+
+
+def _same(one: Path, other: Any) -> bool:
+    return other is not None and one.resolve() == Path(other).resolve()
+
+
+def _move(state: dict[str, Any], folder: str, trainer: Trainer) -> None:
+    """Changes what a ModelCheckpoint remembers to files of these names in a folder.
+
+    Files that are gone are forgotten, and with a best one its score.
+    """
+    there = {
+        path: str(Path(folder, Path(path).name))
+        for path in {*state["best_k_models"], state["best_model_path"], state["last_model_path"]}
+        if path and Path(folder, Path(path).name).is_file()
+    }
+    there = trainer.strategy.broadcast(there)  # what the first process sees holds for all
+    kept = {there[path]: score for path, score in state["best_k_models"].items() if path in there}
+    state |= {"dirpath": folder, "best_k_models": kept}
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = there.get(state[key], "")
+    if not state["best_model_path"]:
+        state["best_model_score"] = None
 
 
 def resumable(trainer: Trainer) -> bool:

@@ -105,7 +105,10 @@ class Interruption(Callback):
         if self._run is None or not any(file.is_file() for file in files):
             return "\ninterrupted before the first checkpoint: nothing is saved"
         run = shlex.quote(str(self._run))
-        return f"\ninterrupted; {files[0]} is saved, go on with\n    litflora fit --resume {run}"
+        command = f"litflora fit --resume {run}"
+        if not Path(self._run, "config.yaml").is_file():  # a Trainer of one's own
+            command = f"trainer.fit(..., ckpt_path={str(files[0])!r})"
+        return f"\ninterrupted; {files[0]} is saved, go on with\n    {command}"
 
 
 def _last(trainer: Trainer) -> list[LastCheckpoint]:

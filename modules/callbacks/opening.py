@@ -13,7 +13,7 @@ class Opening(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells of data and tuning."""
-        self._tell(trainer, self._data(trainer), self._tuning(pl_module))
+        self._tell(trainer, self._data(trainer), self._tuning(pl_module), self._processes(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells of the data, if this is no part of a fit."""
@@ -35,6 +35,11 @@ class Opening(Callback):
     def _data(self, trainer: Trainer) -> str:
         datamodule = getattr(trainer, "datamodule", None)
         return f"data     {datamodule.contents()}" if hasattr(datamodule, "contents") else ""
+
+    def _processes(self, trainer: Trainer) -> str:
+        strategy = type(trainer.strategy).__name__.removesuffix("Strategy")
+        told = f"process  {trainer.world_size} by {strategy}, each with its own batches"
+        return told if trainer.world_size > 1 else ""
 
     def _tuning(self, pl_module: LightningModule) -> str:
         found = pl_module.tuned  # of the net as it was before processes shared it out

@@ -43,6 +43,7 @@ def of(recipe: str, overrides: list[str], weights: str | None = None) -> Compose
     named = ["--model.init_args.weights", weights] if weights else []
     made = built(recipe, [*overrides, *named])
     model = made.model
+    model.base_dtype = None  # what is looked at runs in float32
     if model.weights == "pretrained":  # shapes are enough
         model.weights = None
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -146,3 +147,17 @@ def test_a_fast_dev_run_writes_nothing(base, tmp_path, capsys):
     fit(base, tmp_path / "run", fast_dev_run=True)
     assert not (tmp_path / "run").exists()
     assert "adapter" not in capsys.readouterr().out
+
+
+class Tear(Callback):
+    def on_train_end(self, trainer, pl_module):
+        os.truncate(trainer.checkpoint_callback.best_model_path, 5000)
+
+
+def test_a_best_that_cannot_be_read_leaves_the_last_weights(base, tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    with pytest.warns(UserWarning, match="cannot be read .* the adapter has the last weights"):
+        made, _ = fit(base, tmp_path, best, Tear(), enable_checkpointing=True)
+    again = from_adapter(tmp_path / "adapter")
+    again.configure_model()
+    assert torch.equal(outputs(again), outputs(made))

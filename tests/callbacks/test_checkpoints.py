@@ -169,3 +169,28 @@ def test_what_is_written_is_on_the_disk_before_it_has_the_name(tmp_path, monkeyp
 def test_every_n_steps_has_a_bound():
     with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
         LastCheckpoint(every_n_steps=0)
+
+
+def test_a_run_that_has_moved_keeps_the_best_of_before(base, tmp_path):
+    """Of a ModelCheckpoint of one's own, which knows its files by the folder's old name."""
+
+    def fit(folder, epochs, rate, **options):
+        best = ModelCheckpoint(folder / "checkpoints", "{epoch}", "val/loss")
+        callbacks = [best, LastCheckpoint()]
+        made = module(base, lr=rate, lr_scheduler=None)
+        run = trainer(folder, callbacks=callbacks, enable_checkpointing=True, max_epochs=epochs)
+        run.fit(made, Colours(), weights_only=True, **options)
+        return best
+
+    before = fit(tmp_path / "a", 1, 1e-3)
+    (tmp_path / "a").rename(tmp_path / "b")
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    for group in saved["optimizer_states"][0]["param_groups"]:
+        group["lr"] = 3.0  # what comes is worse
+    torch.save(saved, last)
+    after = fit(tmp_path / "b", 2, 1e-3, ckpt_path=last)
+    assert after.best_model_score == before.best_model_score
+    assert Path(after.best_model_path) == tmp_path / "b" / "checkpoints" / "epoch=0.ckpt"
+    Path(after.best_model_path).unlink()
+    assert fit(tmp_path / "b", 3, 1e-3, ckpt_path=last).best_model_path != after.best_model_path

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from litflora.datamodules.samplers import RepeatFactorSampler, repeat_factors
+from litflora.datamodules.samplers import (
+    EpochSampler,
+    RepeatFactorSampler,
+    ResumableLoader,
+    repeat_factors,
+)
 
 
 def keys(factors: np.ndarray, epoch: int = 0, ranks: int = 1, rank: int = 0, seed: int = 0):
@@ -57,3 +62,19 @@ def test_processes_share_an_epoch_without_overlap(ranks: int) -> None:
 
 def test_equal_factors_give_each_sample_once() -> None:
     assert sorted(keys(np.ones(9), epoch=0)) == list(range(9))
+
+
+def test_a_place_in_an_epoch_is_one_of_batches_of_a_size() -> None:
+    def loader(batch_size: int, processes: int = 1) -> ResumableLoader:
+        data = list(range(24))
+        sampler = EpochSampler(data, num_replicas=processes, rank=0)
+        return ResumableLoader(data, batch_size=batch_size, sampler=sampler)
+
+    begun = loader(4)
+    next(iter(begun))
+    state = begun.state_dict()
+    loader(4).load_state_dict(state)
+    for other in (loader(8), loader(4, processes=2)):
+        with pytest.raises(ValueError, match="middle of an epoch of batches of 4 in 1 process"):
+            other.load_state_dict(state)
+        other.load_state_dict({**state, "batches": 0})

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from ..adapters import AdapterError, read_config
 from ..adapters.files import WEIGHTS, read_tensors
 from ..adapters.replacing import leftovers, remove
+from . import run_lock
 from .metrics_file import go_on_with_metrics
 
 Checkpoint = dict[str, Any]
@@ -29,6 +30,26 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
+@rank_zero_only
+def lock(run: Path) -> None:
+    """Keeps other processes than those of this command from going on with a run.
+
+    Raises:
+        FileNotFoundError: If the folder is not one of a run.
+        ValueError: If another process trains it.
+    """
+    _check_is_run(run)
+    run_lock.take(run)
+
+
+def _check_is_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"there is no {run / 'config.yaml'}: --resume takes the folder of a run, as in "
+            "runs/quickstart/version_0"
+        )
+
+
 def run_config(run: Path) -> tuple[dict[str, Any], Start | None]:
     """The config of a run, to be parsed again so that it goes on in its own folder.
 
@@ -38,11 +59,7 @@ def run_config(run: Path) -> tuple[dict[str, Any], Start | None]:
     Raises:
         FileNotFoundError: If the folder is not one of a run.
     """
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"there is no {run / 'config.yaml'}: --resume takes the folder of a run, as in "
-            "runs/quickstart/version_0"
-        )
+    _check_is_run(run)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     logger = config["trainer"]["logger"]
     first = logger[0] if isinstance(logger, list) else logger

@@ -3,6 +3,9 @@
 import csv
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from shell import QUIET, files_below, litflora
 
 from litflora.adapters.replacing import leftovers
-from litflora.commands import resume
+from litflora.commands import resume, run_lock
 from litflora.commands.resume import has_adapter, newest_checkpoint, open_checkpoint
 
 RUN = Path("runs", "quickstart", "version_0")
@@ -76,6 +79,8 @@ def _stopping(step):
 
     def training_step(self, batch, batch_idx):
         if self.trainer.global_step == step:
+            with pytest.raises(ValueError, match="is being trained by another process"):
+                run_lock.take(RUN)  # a first fit holds it
             raise KeyboardInterrupt
         return plain(self, batch, batch_idx)
 
@@ -209,6 +214,35 @@ def test_another_runs_folder_is_refused(cut):
     assert told.code == 2
     assert f"litflora fit --resume {RUN}" in told.err
     assert LAST.read_bytes() == before
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(cut):
+    before = files_below(RUN)
+    with run_lock.released():
+        run_lock.take(RUN)
+        told = litflora("fit", "--resume", RUN)
+    assert told.code == 2
+    assert f"{RUN} is being trained by another process" in told.err
+    assert files_below(RUN) == before
+
+
+def test_a_run_is_free_once_its_process_is_killed_though_workers_live(cut):
+    child = "import os, runpy, sys, time; from pathlib import Path"
+    child += "; runpy.run_path(sys.argv[1])['take'](Path(sys.argv[2]))"
+    child += "; os.fork() or print(os.getpid(), flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", child, run_lock.__file__, str(RUN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="another process"):
+                run_lock.take(RUN)
+            process.kill()
+            process.wait()
+            with run_lock.released():
+                run_lock.take(RUN)
+        finally:
+            process.kill()
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_folder_that_is_no_run_is_told(cut):

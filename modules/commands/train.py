@@ -219,6 +219,8 @@ class LitFloraCLI(LightningCLI):
             config.return_predictions = False
         step = self._first_step(config.get("ckpt_path"))
         first = self.trainer.is_global_zero
+        if self.resumed is not None:
+            resume.check_folder(self.resumed, own_folder(self.trainer))
         if self.resumed is not None and first:
             resume.prepare(self.resumed, self.trainer.logger, step)
         new = first and self.resumed is None

@@ -58,7 +58,7 @@ def run_config(run: Path) -> tuple[dict[str, Any], Start | None]:
 
     Raises:
         FileNotFoundError: If the folder is not one of a run.
-        ValueError: If its config or all its checkpoints are damaged, or it is finished and has none.
+        ValueError: If its config or all its checkpoints are damaged, or a finished one has none.
     """
     _check_is_run(run)
     config = _read_config(run / "config.yaml")
@@ -253,9 +253,8 @@ def prepare(run: Path, logger: Any, step: int) -> None:
     for folder in (run, run / "checkpoints"):
         for path in leftovers(folder) if folder.is_dir() else []:
             remove(path)
-    if isinstance(logger, CSVLogger):
-        if aside := go_on_with_metrics(logger, step):
-            tell(f"the log so far is kept as {aside}")
+    if isinstance(logger, CSVLogger) and (aside := go_on_with_metrics(logger, step)):
+        tell(f"the log so far is kept as {aside}")
     where = f"goes on after step {step}" if step else "starts anew: it had saved nothing"
     tell(f"resume   {run} {where}")
 

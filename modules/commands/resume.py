@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from ..adapters import AdapterError, read_config
 from ..adapters.files import WEIGHTS, read_tensors
 from ..adapters.replacing import leftovers, remove
+from . import run_lock
 from .metrics_file import go_on_with_metrics
 
 Checkpoint = dict[str, Any]
@@ -29,6 +30,26 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
+@rank_zero_only
+def lock(run: Path) -> None:
+    """Keeps other processes than those of this command from going on with a run.
+
+    Raises:
+        FileNotFoundError: If the folder is not one of a run.
+        ValueError: If another process trains it.
+    """
+    _check_is_run(run)
+    run_lock.take(run)
+
+
+def _check_is_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"there is no {run / 'config.yaml'}: --resume takes the folder of a run, as in "
+            "runs/quickstart/version_0"
+        )
+
+
 def run_config(run: Path) -> tuple[dict[str, Any], Start | None]:
     """The config of a run, to be parsed again so that it goes on in its own folder.
 
@@ -37,23 +58,35 @@ def run_config(run: Path) -> tuple[dict[str, Any], Start | None]:
 
     Raises:
         FileNotFoundError: If the folder is not one of a run.
+        ValueError: If its config or all its checkpoints are damaged, or a finished one has none.
     """
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"there is no {run / 'config.yaml'}: --resume takes the folder of a run, as in "
-            "runs/quickstart/version_0"
-        )
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    _check_is_run(run)
+    config = _read_config(run / "config.yaml")
     logger = config["trainer"]["logger"]
     first = logger[0] if isinstance(logger, list) else logger
     if not isinstance(first, dict):
         raise ValueError(f"{run} cannot be gone on with: trainer.logger was {logger}, and no class")
     # The folder may have moved, and is under this name wherever the command is given.
-    first["init_args"] |= {"save_dir": str(run.parent), "name": "", "version": run.name}
+    place = {"save_dir": str(run.parent), "name": "", "version": run.name}
+    first["init_args"] = {**(first.get("init_args") or {}), **place}
     found = newest_checkpoint(run)
     if found is None and checkpoints(run):
         raise ValueError(f"no checkpoint below {run} can be read: start anew, in another folder")
+    if found is None and has_adapter(run):
+        raise ValueError(f"{run} is finished, and its checkpoints are gone: start another run")
     return {**config, "ckpt_path": found and found.path}, found
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    # ckpt_path is close to the end: without it, the file has been cut off.
+    whole = isinstance(config, dict) and config.keys() >= {"trainer", "model", "data", "ckpt_path"}
+    if not whole or not isinstance(config["trainer"], dict) or "logger" not in config["trainer"]:
+        raise ValueError(f"{path} is not that of a run, or is damaged")
+    return config
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -203,6 +236,12 @@ def _is_adapter(folder: Path) -> bool:
     return True
 
 
+def check_folder(run: Path, folder: Path | None) -> None:
+    """Raises if a run that goes on would write to another folder, or none, instead of its own."""
+    if folder is None or folder.resolve() != run.resolve():
+        raise ValueError(f"{run} goes on in its own folder: drop the options that move its log")
+
+
 def prepare(run: Path, logger: Any, step: int) -> None:
     """Readies the folder of a run that goes on, and says from where.
 
@@ -214,8 +253,8 @@ def prepare(run: Path, logger: Any, step: int) -> None:
     for folder in (run, run / "checkpoints"):
         for path in leftovers(folder) if folder.is_dir() else []:
             remove(path)
-    if isinstance(logger, CSVLogger):
-        go_on_with_metrics(logger, step)
+    if isinstance(logger, CSVLogger) and (aside := go_on_with_metrics(logger, step)):
+        tell(f"the log so far is kept as {aside}")
     where = f"goes on after step {step}" if step else "starts anew: it had saved nothing"
     tell(f"resume   {run} {where}")
 

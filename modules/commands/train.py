@@ -25,7 +25,7 @@ from .. import classification, datamodules, segmentation
 from ..adapters.replacing import replacing
 from ..module import TuningModule
 from ..processes import ending_together
-from . import guards, recipes, resume
+from . import guards, recipes, resume, run_lock
 from .mistakes import explain
 
 # jsonargparse knows a class by its short name once it has been imported.
@@ -81,6 +81,7 @@ class ResumeAction(Action):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         """Applies the run's own config, with its newest good checkpoint: what comes later wins."""
         parser.resumed = Path(values)
+        resume.lock(parser.resumed)
         config, parser.start = resume.run_config(parser.resumed)
         ActionConfigFile.apply_config(parser, cfg, "config", yaml.safe_dump(config))
 
@@ -141,6 +142,8 @@ class SaveConfig(SaveConfigCallback):
         with replacing(path) if mine else nullcontext(path) as file:
             self.config_filename = file.name
             super().setup(trainer, pl_module, stage)
+        if mine:
+            run_lock.take(folder)
         SaveConfig.folder = folder
 
 
@@ -216,6 +219,8 @@ class LitFloraCLI(LightningCLI):
             config.return_predictions = False
         step = self._first_step(config.get("ckpt_path"))
         first = self.trainer.is_global_zero
+        if self.resumed is not None:
+            resume.check_folder(self.resumed, own_folder(self.trainer))
         if self.resumed is not None and first:
             resume.prepare(self.resumed, self.trainer.logger, step)
         new = first and self.resumed is None
@@ -243,7 +248,8 @@ def run(command: str, args: list[str]) -> None:
     _quieten()
     if command != "fit":  # only a fit goes on with the callbacks of a checkpoint
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
-    LitFloraCLI(command, args)
+    with run_lock.released():
+        LitFloraCLI(command, args)
 
 
 def build(args: list[str]) -> LitFloraCLI:

@@ -3,14 +3,18 @@
 import csv
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from shell import QUIET, files_below, litflora
 
 from litflora.adapters.replacing import leftovers
-from litflora.commands import resume
+from litflora.commands import resume, run_lock
 from litflora.commands.resume import has_adapter, newest_checkpoint, open_checkpoint
 
 RUN = Path("runs", "quickstart", "version_0")
@@ -76,6 +80,8 @@ def _stopping(step):
 
     def training_step(self, batch, batch_idx):
         if self.trainer.global_step == step:
+            with pytest.raises(ValueError, match="is being trained by another process"):
+                run_lock.take(RUN)  # a first fit holds it
             raise KeyboardInterrupt
         return plain(self, batch, batch_idx)
 
@@ -154,11 +160,65 @@ def test_no_good_checkpoint_is_told(cut):
 
 def test_a_run_that_saved_nothing_starts_anew(cut):
     shutil.rmtree(LAST.parent)
+    log = (RUN / "metrics.csv").read_bytes()
     ran = litflora("fit", "--resume", RUN)
     assert ran.code == 0, ran.err
     assert "starts anew" in ran.out
+    assert f"the log so far is kept as {RUN / 'metrics.before.csv'}" in ran.out
+    assert (RUN / "metrics.before.csv").read_bytes() == log
     assert same(tensors(), tensors(cut / "checkpoints" / "last.ckpt"))
     assert rows() == rows(cut)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(cut):
+    shutil.copytree(cut, "done")
+    shutil.rmtree("done/checkpoints")
+    with pytest.raises(ValueError, match="done is finished, and its checkpoints are gone"):
+        resume.run_config(Path("done"))
+
+
+def test_a_run_does_not_go_on_in_another_folder(cut):
+    before = files_below(RUN)
+    for option in ("--trainer.logger=false", "--trainer.logger.init_args.version=7"):
+        told = litflora("fit", "--resume", RUN, option)
+        assert told.code == 2
+        assert f"{RUN} goes on in its own folder" in told.err
+    assert files_below(RUN) == before
+    assert [path.name for path in RUN.parent.iterdir()] == [RUN.name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"",
+        lambda text: b"- a list",
+        lambda text: b"trainer: {logger: [}",
+        lambda text: b"\xff" + text,
+        lambda text: text.replace(b"  logger:", b"  lager:", 1),
+        lambda text: text[: text.index(b"ckpt_path:")],
+    ],
+)
+def test_a_damaged_config_is_told(cut, damage):
+    config = RUN / "config.yaml"
+    config.write_bytes(damage(config.read_bytes()))
+    with pytest.raises(ValueError, match=r"config\.yaml is not that of a run, or is damaged"):
+        resume.run_config(RUN)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"1,0.5\n", b"step,loss\n1,\xff\n"])
+def test_a_log_that_cannot_be_read_is_set_aside(tmp_path, capsys, damaged):
+    for name in ("metrics.damaged.csv", "metrics.damaged.1.csv"):
+        (tmp_path / "metrics.csv").write_bytes(damaged)
+        resume.prepare(tmp_path, CSVLogger(tmp_path.parent, "", tmp_path.name), 4)
+        assert (tmp_path / name).read_bytes() == damaged
+        assert f"the log so far is kept as {tmp_path / name}" in capsys.readouterr().out
+    assert len(files_below(tmp_path)) == 2
+
+
+def test_a_row_with_too_many_fields_is_dropped(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n2,0.4,3,0.3\n3,0.2\n4,0.1\n")
+    resume.prepare(tmp_path, CSVLogger(tmp_path.parent, "", tmp_path.name), 4)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "3"]
 
 
 def test_a_run_that_was_killed_before_its_adapter_writes_it(cut):
@@ -209,6 +269,35 @@ def test_another_runs_folder_is_refused(cut):
     assert told.code == 2
     assert f"litflora fit --resume {RUN}" in told.err
     assert LAST.read_bytes() == before
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(cut):
+    before = files_below(RUN)
+    with run_lock.released():
+        run_lock.take(RUN)
+        told = litflora("fit", "--resume", RUN)
+    assert told.code == 2
+    assert f"{RUN} is being trained by another process" in told.err
+    assert files_below(RUN) == before
+
+
+def test_a_run_is_free_once_its_process_is_killed_though_workers_live(cut):
+    child = "import os, runpy, sys, time; from pathlib import Path"
+    child += "; runpy.run_path(sys.argv[1])['take'](Path(sys.argv[2]))"
+    child += "; os.fork() or print(os.getpid(), flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", child, run_lock.__file__, str(RUN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="another process"):
+                run_lock.take(RUN)
+            process.kill()
+            process.wait()
+            with run_lock.released():
+                run_lock.take(RUN)
+        finally:
+            process.kill()
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_folder_that_is_no_run_is_told(cut):

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -36,7 +38,9 @@ def litflora(*args: object) -> Result:
     """Runs a command in this process. Warnings go to stderr, as they do in a process of its own."""
     out, err = io.StringIO(), io.StringIO()
     to_strings = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with to_strings[0], to_strings[1], warnings.catch_warnings():
+    # A strategy of several processes leaves its rank in the environment, for whoever comes next.
+    alone = patch.dict(os.environ)
+    with alone, to_strings[0], to_strings[1], warnings.catch_warnings():
         try:
             code = main([str(arg) for arg in args])
         except SystemExit as stop:  # --help and --version
@@ -47,7 +51,9 @@ def litflora(*args: object) -> Result:
 def litflora_process(*args: object) -> Result:
     """Runs a command in a process of its own, which can start others like it."""
     command = [sys.executable, "-m", "litflora", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    ranks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in os.environ.items() if name not in ranks}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=alone)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 from shell import litflora
 
-torch.set_num_threads(1)  # as the processes that are killed have it: sums depend on it
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes that are killed have it: sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_killed_twice_and_resumed(tmp_path):

@@ -72,8 +72,8 @@ class AveragePrecision(MeanAveragePrecision):
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """Gathers the images of all processes, in the order of one.
 
-        torchmetrics gathers every tensor of an image on its own, which does not end where processes
-        have different numbers of images, and it has no other place to change that.
+        torchmetrics gathers every tensor of an image on its own, which crashes or hangs where
+        processes have different numbers of images, and it has no other place to change that.
         """
         states = apply_to_collection(self.metric_state, Tensor, Tensor.cpu)
         for name, images in states.items():

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import torch
 import worlds
 from filelock import FileLock
 from tiny import save_base
+from torch.multiprocessing import ProcessExitedException
 
 from . import work
 from .memory import save_random
@@ -26,9 +28,27 @@ def two(folder: Path) -> list[dict[str, Any]]:
     found = folder / "found.pt"
     with FileLock(folder / "lock"):
         if not found.is_file():
-            save_random("vit_base_patch16_224", folder / "big.safetensors")
-            torch.save(worlds.run(work.everything, save_base(folder), folder), found)
+            torch.save(_found(folder), found)
     return torch.load(found, weights_only=False)
+
+
+def _found(folder: Path) -> list[dict[str, Any]]:
+    """Runs the processes, and once more if one was aborted.
+
+    Rarely, once in tens of runs, torch's FSDP2 on a CPU with gloo corrupts its heap and the process
+    is aborted ("double free or corruption"), at another place each time. Errors are not run again.
+    """
+    save_random("vit_base_patch16_224", folder / "big.safetensors")
+    base = save_base(folder)
+    try:
+        return worlds.run(work.everything, base, folder)
+    except ProcessExitedException as error:
+        if error.signal_name != "SIGABRT":
+            raise
+    for left in folder.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+    return worlds.run(work.everything, base, folder)
 
 
 @pytest.fixture(scope="session")

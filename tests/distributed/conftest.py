@@ -35,8 +35,8 @@ def two(folder: Path) -> list[dict[str, Any]]:
 def _found(folder: Path) -> list[dict[str, Any]]:
     """Runs the processes, and once more if one was aborted.
 
-    Rarely, once in tens of runs, torch's FSDP2 on a CPU with gloo corrupts its heap and the process
-    is aborted ("double free or corruption"), at another place each time. Errors are not run again.
+    An abort was seen once ("double free or corruption", amid fits by DDP and FSDP2 on a CPU with
+    gloo), and its cause is not known: torch's, or ours. Errors are not run again.
     """
     save_random("vit_base_patch16_224", folder / "big.safetensors")
     base = save_base(folder)

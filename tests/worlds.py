@@ -1,5 +1,6 @@
 """Several processes on this machine, started as torchrun would: Lightning finds them ready."""
 
+import faulthandler
 import os
 import socket
 import tempfile
@@ -31,6 +32,7 @@ def run(work: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
 def _start(
     rank: int, world: int, port: int, folder: str, work: Callable[..., Any], args: Any
 ) -> None:
+    faulthandler.enable()  # a process that is aborted says where it was
     torch.set_num_threads(1)
     own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "test"}

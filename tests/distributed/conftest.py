@@ -1,4 +1,5 @@
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ def two(folder: Path) -> list[dict[str, Any]]:
 
 
 def _found(folder: Path) -> list[dict[str, Any]]:
-    """Runs the processes, and once more if one was aborted.
+    """Runs the processes, and once more, with a warning, if one was aborted.
 
-    An abort was seen once ("double free or corruption", amid fits by DDP and FSDP2 on a CPU with
-    gloo), and its cause is not known: torch's, or ours. Errors are not run again.
+    An abort ("double free or corruption" in rank 0, as a fit by FSDP2 and gloo ended) was seen once
+    in hundreds of such fits, and never again: not with malloc's own checks, nor under valgrind.
+    Where the processes were is in the captured output. Errors are not run again.
     """
     save_random("vit_base_patch16_224", folder / "big.safetensors")
     base = save_base(folder)
@@ -45,6 +47,7 @@ def _found(folder: Path) -> list[dict[str, Any]]:
     except ProcessExitedException as error:
         if error.signal_name != "SIGABRT":
             raise
+        warnings.warn(f"the two processes were run once more: {error}", stacklevel=2)
     for left in folder.iterdir():
         if left.is_dir():
             shutil.rmtree(left)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .shapes import ShapesDataModule as ShapesDataModule
     from .shapes import ShapesDetectionDataModule as ShapesDetectionDataModule
     from .shapes import ShapesSegmentationDataModule as ShapesSegmentationDataModule
+    from .shapes_questions import ShapesQuestionsDataModule as ShapesQuestionsDataModule
     from .vision import VisionDataModule as VisionDataModule
     from .voc import VOCDetectionDataModule as VOCDetectionDataModule
     from .voc import VOCSegmentationDataModule as VOCSegmentationDataModule
@@ -33,6 +34,7 @@ _HOMES = {
     "ShapesDataModule": "shapes",
     "ShapesDetectionDataModule": "shapes",
     "ShapesSegmentationDataModule": "shapes",
+    "ShapesQuestionsDataModule": "shapes_questions",
     "VOCDetectionDataModule": "voc",
     "VOCSegmentationDataModule": "voc",
     "VisionDataModule": "vision",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .module import TuningModule as TuningModule
     from .module import from_adapter as from_adapter
     from .segmentation import SegmentationModule as SegmentationModule
+    from .vision_language import VisionLanguageModule as VisionLanguageModule
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOMES = {
     "DetectionModule": "detection",
     "SegmentationModule": "segmentation",
     "TuningModule": "module",
+    "VisionLanguageModule": "vision_language",
     "from_adapter": "module",
     **dict.fromkeys(("BitFit", "FLoRA", "Frozen", "Full", "LoRA"), "adapters"),
     **dict.fromkeys(("NormTuning", "PerModule", "Probe"), "adapters"),

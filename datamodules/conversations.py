@@ -1,0 +1,77 @@
+"""Conversations about images: what every datamodule of visual instruction tuning yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+IMAGE = "<image>"
+SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        text: What it says; each ``<image>`` in it stands for the next image.
+    """
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of a user and an assistant about images.
+
+    Attributes:
+        id: Names it in messages and predictions.
+        turns: In order; the first may be the system's.
+        images: One for each ``<image>``, in order: a file, or uint8 ``[3, H, W]``.
+        answers: All answers that count as right for the last turn; none are that turn's own text.
+        closed: Whether the answer is one of few, as yes or no; None is unknown.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[Path | Tensor, ...] = ()
+    answers: tuple[str, ...] = field(default=())
+    closed: bool | None = None
+
+    def check(self) -> None:
+        """Raises unless it can be trained on.
+
+        Raises:
+            ValueError: A role is unknown, nobody answers, or images and their marks differ in
+                number; it names the conversation.
+        """
+        for turn in self.turns:
+            if turn.role not in ROLES:
+                raise ValueError(
+                    f"conversation {self.id}: role {turn.role!r} is none of {', '.join(ROLES)}"
+                )
+        if not any(turn.role == ASSISTANT for turn in self.turns):
+            raise ValueError(f"conversation {self.id} has no assistant turn: nothing to learn")
+        marks = sum(turn.text.count(IMAGE) for turn in self.turns)
+        if marks != len(self.images):
+            raise ValueError(
+                f"conversation {self.id} has {marks} {IMAGE} in its text, and "
+                f"{len(self.images)} image(s)"
+            )
+
+    def question(self) -> Conversation:
+        """Everything before the last answer."""
+        last = max(i for i, turn in enumerate(self.turns) if turn.role == ASSISTANT)
+        turns = self.turns[:last]
+        count = sum(turn.text.count(IMAGE) for turn in turns)
+        return Conversation(self.id, turns, self.images[:count])
+
+    def accepted(self) -> tuple[str, ...]:
+        """The answers that count as right for the last turn."""
+        return self.answers or (
+            next(turn.text for turn in reversed(self.turns) if turn.role == ASSISTANT),
+        )

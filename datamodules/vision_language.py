@@ -1,0 +1,86 @@
+"""Visual instruction tuning: what all datamodules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .base import SeededDataset, TuningDataModule, check_at_least
+from .conversations import Conversation
+from .dense import read_photo
+
+
+@dataclass
+class Conversations(SeededDataset):
+    """Conversations with their images read, each as `Conversation`."""
+
+    conversations: Sequence[Conversation]
+    names: Sequence[str]
+    transform: Callable[[Any], Any] | None = None
+    seed: int = 0
+
+    def __getitem__(self, key: int) -> Conversation:
+        conversation = self.conversations[key % len(self)]
+        return replace(conversation, images=tuple(map(_read, conversation.images)))
+
+
+def _read(image: Any) -> torch.Tensor:
+    return pil_to_tensor(read_photo(image)) if isinstance(image, Path) else image
+
+
+class VisionLanguageDataModule(TuningDataModule):
+    """Loaders over the `Conversations` that a subclass gives for each split.
+
+    The model's encoder makes batches of them: a datamodule knows no tokens. Evaluation asks for the
+    last answer of each conversation.
+
+    Args:
+        batch_size: Conversations in a training batch of one process.
+        eval_batch_size: Conversations in any other batch.
+        num_workers: Processes that load; they change the speed and never the batches.
+        seed: Decides all that is random in the data.
+
+    Attributes:
+        encoder: Writes conversations in tokens; None takes that of the Trainer's module.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        check_at_least("eval_batch_size", eval_batch_size, 1)
+        self.eval_batch_size = eval_batch_size
+        self.class_names: list[str] = []
+        self.encoder: Any = None
+
+    def split(self, name: str) -> Conversations:
+        """All conversations of the split "train", "val", "test" or "predict"."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Takes the model's encoder, and makes the splits that a stage needs, once."""
+        if self.encoder is None and self.trainer is not None:
+            self.encoder = self.trainer.lightning_module.encoder
+        super().setup(stage)
+
+    def collate(self, name: str) -> Callable[[list[Conversation]], Any]:
+        """The encoder's batches for training, evaluation or prediction."""
+        if self.encoder is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the encoder of a model: set .encoder, or fit with a "
+                "Trainer"
+            )
+        kinds = {"train": self.encoder.train_batch, "predict": self.encoder.predict_batch}
+        return kinds.get(name, self.encoder.eval_batch)
+
+    def contents(self) -> str:
+        """The sizes of the splits that are set up, for a person to read."""
+        sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in self.datasets.items())
+        return f"{sizes} conversations"
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.eval_batch_size

@@ -1,0 +1,148 @@
+"""AnswersModule: what the tasks share in which a language model answers questions about images."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Full, PerModule, Tuning
+from .language.composed import token_loss
+from .language.encoding import Batch
+from .language.measures import AnswerMean, TokenLoss, normalized, vqa_accuracy
+from .module import TuningModule
+
+
+class AnswersModule(TuningModule):
+    """A TuningModule whose network has a vision tower, a connector and a language model.
+
+    A task makes its network in ``build`` and keeps an ``encoder``, which makes the batches that the
+    network takes. The network has a method ``parts``, which gives the names of the modules of its
+    "tower", "connector" and "language_model"; it is called with a batch's tensors and ``labels``,
+    gives ``loss`` and ``logits``, and ``generate`` gives new tokens.
+
+    It logs ``train/loss`` and, for validation and test, ``loss`` per token that is to be learnt,
+    ``exact``, the share of answers that are right to the letter (but for case, articles and marks
+    at their ends), ``vqa``, VQA's accuracy, and ``exact_closed`` and ``exact_open``, the share
+    among questions with few possible answers and with many.
+
+    Attributes:
+        encoder: Writes conversations in tokens.
+    """
+
+    task: ClassVar[str] = "vision_language"
+    monitor: ClassVar[str] = "val/exact"
+    encoder: Any
+
+    def __init__(
+        self,
+        max_new_tokens: int = 32,
+        tower_tuning: Tuning | None = None,
+        connector_tuning: Tuning | None = None,
+        language_tuning: Tuning | None = None,
+        tower_lr: float | None = None,
+        language_lr: float | None = None,
+        **options: Any,
+    ) -> None:
+        """Checks and keeps what is said of the parts and of answers.
+
+        Args:
+            max_new_tokens: Tokens that an answer ends at.
+            tower_tuning: What is trained of the tower; None is ``tuning``.
+            connector_tuning: What is trained of the connector; None trains it whole.
+            language_tuning: What is trained of the language model; None is ``tuning``.
+            tower_lr: Learning rate of the tower; None is ``lr``.
+            language_lr: Learning rate of the language model; None is ``lr``.
+            options: Arguments of `TuningModule`.
+        """
+        super().__init__(**options)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():
+            if rate is not None and rate < 0:
+                raise ValueError(f"{name} must be 0 or more, not {rate}")
+        self.max_new_tokens = max_new_tokens
+        self.tower_tuning = tower_tuning
+        self.connector_tuning = connector_tuning
+        self.language_tuning = language_tuning
+        self.part_lrs = {"tower": tower_lr, "language_model": language_lr}
+        self.val_metrics, self.test_metrics = _metrics(), _metrics()
+
+    def part_tunings(self) -> dict[str, Tuning]:
+        """The tuning of each part."""
+        return {
+            "tower": self.tower_tuning or self.tuning,
+            "connector": self.connector_tuning or Full(),
+            "language_model": self.language_tuning or self.tuning,
+        }
+
+    def tuning_of(self, net: nn.Module) -> Tuning:
+        """One tuning of all parts."""
+        parts, tunings = net.parts(), self.part_tunings()
+        return PerModule({name: tunings[part] for part, names in parts.items() for name in names})
+
+    def forward(self, batch: Batch) -> Any:
+        """Loss and logits of a batch as the encoder makes it."""
+        assert self.net is not None, "call configure_model() first"
+        return self.net(**self.inputs(batch), labels=batch.get("labels"))
+
+    @torch.no_grad()
+    def answer(self, prompt: Batch) -> list[str]:
+        """Answers to a batch of prompts as the encoder makes it."""
+        assert self.net is not None, "call configure_model() first"
+        tokenizer = self.encoder.tokenizer
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        special = {
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id,
+        }
+        tokens = self.net.generate(**self.inputs(prompt), **options, **special)
+        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the network takes, images normalised."""
+        kept = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return {**kept, "images": self.normalize(batch["images"])}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of the tokens that are to be learnt."""
+        loss = self(batch).loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Updates the validation metrics; returns the ``answers``."""
+        return self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Updates the test metrics; returns the ``answers``."""
+        return self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Returns ``ids``, ``questions`` and ``answers``."""
+        kept = {key: batch[key] for key in ("ids", "questions")}
+        return {**kept, "answers": self.answer(batch)}
+
+    def _evaluate(self, batch: Batch, stage: str, metrics: nn.ModuleDict) -> dict[str, Any]:
+        logits, labels = self(batch).logits, batch["labels"]
+        losses = token_loss(logits, labels, reduction="none").view(len(labels), -1)
+        metrics["loss"].update(losses, labels)
+        answers = self.answer(batch["prompt"])
+        judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
+        for said, accepted, closed in judged:
+            exact = float(normalized(said) in map(normalized, accepted))
+            found = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
+            if closed is not None:
+                found["exact_closed" if closed else "exact_open"] = exact
+            for name, value in found.items():
+                metrics[name].update([value])
+        for name, metric in metrics.items():
+            shown = name == "exact"
+            self.log(f"{stage}/{name}", metric, prog_bar=shown, batch_size=len(answers))
+        return {**batch["prompt"], "answers": answers, "accepted": batch["accepted"]}
+
+
+def _metrics() -> nn.ModuleDict:
+    names = ("exact", "vqa", "exact_closed", "exact_open")
+    return nn.ModuleDict({"loss": TokenLoss(), **{name: AnswerMean() for name in names}})

@@ -1,0 +1,205 @@
+"""A network of a vision tower, a connector and a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.pyramid import Wrapper
+from .connectors import Connector
+from .encoding import IGNORED
+
+# timm's word for the part of a network that is one layer deep in learning rates and sharding.
+LAYER = r"\.(\d+)"
+
+
+class Output(NamedTuple):
+    """What a call gives.
+
+    Attributes:
+        loss: Mean over the tokens that are learnt, None without labels.
+        logits: ``[batch, length, vocabulary]``.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class VisionLanguageNet(Wrapper):
+    """The features of images take the places of image tokens in a language model's input.
+
+    Attributes:
+        tower: A timm model without classifier.
+        connector: See `Connector`.
+        language_model: A causal language model of transformers.
+        layer: Index of the tower's block or stage whose features are taken.
+        image_token: Id of the token whose place features take.
+    """
+
+    inner: ClassVar[str] = "tower"
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        connector: Connector,
+        language_model: nn.Module,
+        image_token: int,
+        layer: int = -1,
+    ) -> None:
+        """Puts the parts together.
+
+        Raises:
+            ValueError: The tower has no such layer, or the parts do not fit each other.
+        """
+        super().__init__()
+        depth = len(tower.feature_info)
+        if not -depth <= layer < depth:
+            raise ValueError(f"layer {layer} of a tower with {depth}: give -{depth} to {depth - 1}")
+        self.tower = tower
+        self.connector = connector
+        self.language_model = language_model
+        self.image_token = image_token
+        self.layer = layer % depth
+        _check_widths(tower.feature_info[self.layer]["num_chs"], connector, language_model)
+
+    def get_classifier(self) -> nn.Module:
+        """The connector, which trains from the start: what timm's models have their head for."""
+        return self.connector
+
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the modules of each part."""
+        return {name: [name] for name in ("tower", "connector", "language_model")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of the layers of the tower and of the language model, in this order."""
+        groups = super().group_matcher(coarse=coarse)
+        blocks = groups["blocks"]
+        own = [(blocks, None)] if isinstance(blocks, str) else list(blocks or ())
+        lists = language_blocks(self.language_model)
+        layers = [rf"^language_model\.{name}{'' if coarse else LAYER}" for name in lists]
+        return {**groups, "blocks": [*own, *((pattern, None) for pattern in layers)]}
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens."""
+        (found,) = self.tower.forward_intermediates(
+            images, indices=[self.layer], norm=True, intermediates_only=True, output_fmt="NCHW"
+        )
+        return found
+
+    def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
+        """Embeddings ``[batch, length, width]`` of tokens, those of images from their features.
+
+        Args:
+            input_ids: ``[batch, length]``.
+            images: Normalised, ``[n, 3, h, w]``, in the order of their tokens; None is none.
+
+        Raises:
+            ValueError: There are other numbers of image tokens and of features.
+        """
+        places = input_ids == self.image_token
+        # Some models have no embedding of that token: it was added to the tokenizer alone.
+        embedded = self.language_model.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        if images is None or not len(images):
+            found = embedded.new_zeros(0, embedded.shape[-1])
+        else:
+            found = self.connector(self.features(images)).flatten(0, 1).to(embedded.dtype)
+        count = int(places.sum())
+        if count != len(found):
+            raise ValueError(f"{count} image tokens, and features for {len(found)}")
+        return embedded.masked_scatter(places[..., None], found)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Output:
+        """The logits of every next token, and the loss if there are labels.
+
+        Args:
+            input_ids: ``[batch, length]``.
+            attention_mask: 1 where there are tokens, ``[batch, length]``; or which tokens see
+                which, ``[batch, 1, length, length]``, bool.
+            images: Normalised, ``[n, 3, h, w]``.
+            labels: ``[batch, length]``, -100 where nothing is to be learnt.
+            position_ids: ``[batch, length]``.
+        """
+        logits = self.language_model(
+            inputs_embeds=self.embed(input_ids, images),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).logits
+        return Output(None if labels is None else token_loss(logits, labels), logits)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """New tokens ``[batch, length]``, as transformers' ``generate`` gives them.
+
+        Args:
+            input_ids: Padded on the left, ``[batch, length]``.
+            attention_mask: ``[batch, length]``.
+            images: Normalised, ``[n, 3, h, w]``.
+            options: Of ``generate``, such as ``max_new_tokens``.
+        """
+        embedded = self.embed(input_ids, images)
+        return self.language_model.generate(
+            inputs_embeds=embedded, attention_mask=attention_mask, **options
+        )
+
+
+def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each next token that is to be learnt.
+
+    Args:
+        logits: ``[batch, length, vocabulary]``.
+        labels: ``[batch, length]``, -100 where nothing is to be learnt.
+        reduction: ``mean``, or ``none``: of each of the ``batch * (length - 1)`` tokens.
+    """
+    following = labels[:, 1:].reshape(-1)
+    told = logits[:, :-1].flatten(0, 1).float()
+    return nn.functional.cross_entropy(told, following, ignore_index=IGNORED, reduction=reduction)
+
+
+def language_blocks(model: nn.Module) -> Iterator[str]:
+    """Names of the lists that hold a language model's blocks, of what transformers splits at.
+
+    Raises:
+        ValueError: There are none.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    found = [
+        name.replace(".", r"\.")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(type(child).__name__ in kinds for child in module)
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} names no blocks in _no_split_modules")
+    return iter(found)
+
+
+def _check_widths(channels: int, connector: Connector, language_model: nn.Module) -> None:
+    linear = [module for module in connector if isinstance(module, nn.Linear)]
+    taken, given = linear[0].in_features, linear[-1].out_features
+    width = language_model.get_input_embeddings().embedding_dim
+    if taken != channels * connector.shuffle**2:
+        raise ValueError(
+            f"the connector takes {taken} channels, and the tower gives {channels}"
+            + f" x {connector.shuffle**2}" * (connector.shuffle > 1)
+        )
+    if given != width:
+        raise ValueError(
+            f"the connector gives {given} channels, and the language model takes {width}"
+        )

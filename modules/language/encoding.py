@@ -1,0 +1,217 @@
+"""From conversations to what a model takes: token ids, labels, images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from ..datamodules.conversations import IMAGE, Conversation
+from .templates import written
+
+IGNORED = -100  # the label of a token that is not to be learnt, as transformers has it
+GREY = 127
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: The same where the assistant speaks, -100 elsewhere.
+        images: How many of the conversation's images are in it.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    images: int
+
+
+class Encoder:
+    """Writes conversations in tokens, with as many tokens for each image as it has features.
+
+    Attributes:
+        tokenizer: A fast tokenizer of transformers.
+        image_token: Id of the token whose place an image's features take.
+        tokens_per_image: How many of them an image has.
+        max_length: Tokens that a conversation is cut off at.
+        image_size: Height and width of the images in pixels.
+    """
+
+    def __init__(
+        self, tokenizer: Any, tokens_per_image: int, max_length: int, image_size: tuple[int, int]
+    ) -> None:
+        """Checks that the tokenizer has what is needed.
+
+        Raises:
+            ValueError: It has no token for images, or cannot tell where its tokens are in a text.
+        """
+        self.tokenizer = tokenizer
+        self.image_token = image_token_of(tokenizer)
+        self.tokens_per_image = tokens_per_image
+        self.max_length = max_length
+        self.image_size = image_size
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} cannot say where in the text its tokens are: give a "
+                "model with a fast tokenizer (tokenizer.json)"
+            )
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Tokens of a conversation, and labels of what the assistant says in it.
+
+        What is too long is cut off at the end; of an image all tokens stay, or none.
+
+        Raises:
+            ValueError: None of the assistant's tokens is left; names the conversation.
+        """
+        text, spans = written(self.tokenizer, conversation.turns)
+        ids, labels = self._tokens(text, spans)
+        length = self._cut(ids)
+        found = Encoded(ids[:length], labels[:length], self._count(ids[:length]))
+        if all(label == IGNORED for label in found.labels):
+            raise ValueError(
+                f"conversation {conversation.id} has {len(ids):,} tokens, and none of its answers "
+                f"begins within max_length {self.max_length:,}: raise it, or leave it out"
+            )
+        return found
+
+    def prompt(self, conversation: Conversation) -> Encoded:
+        """Tokens of a conversation that the assistant is to go on with.
+
+        Raises:
+            ValueError: It is too long; names the conversation.
+        """
+        text, _ = written(self.tokenizer, conversation.turns)
+        ids, labels = self._tokens(text, [])
+        if len(ids) > self.max_length:
+            raise ValueError(
+                f"the question of conversation {conversation.id} has {len(ids):,} tokens: more "
+                f"than max_length {self.max_length:,}"
+            )
+        return Encoded(ids, labels, self._count(ids))
+
+    def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        found = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        start = self._begin(found["input_ids"])
+        ids, labels = [*start], [IGNORED] * len(start)
+        for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            if token == self.image_token:
+                ids += [token] * self.tokens_per_image
+                labels += [IGNORED] * self.tokens_per_image
+                continue
+            spoken = any(begin < last and end > first for first, last in spans)
+            ids.append(token)
+            labels.append(token if spoken else IGNORED)
+        return ids, labels
+
+    def _begin(self, ids: list[int]) -> list[int]:
+        """The token that the tokenizer begins a text with, unless a template has written it."""
+        bos = self.tokenizer.bos_token_id
+        adds = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        return [bos] if adds and ids[:1] != [bos] else []
+
+    def _cut(self, ids: list[int]) -> int:
+        """How many tokens stay: no image is cut in two."""
+        end = min(len(ids), self.max_length)
+        if end == len(ids) or ids[end] != self.image_token:
+            return end
+        within = self._count_tokens(ids[:end]) % self.tokens_per_image
+        return end - within
+
+    def _count_tokens(self, ids: list[int]) -> int:
+        return sum(token == self.image_token for token in ids)
+
+    def _count(self, ids: list[int]) -> int:
+        return self._count_tokens(ids) // self.tokens_per_image
+
+    def train_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        """What a training step takes: see `batch`, and ``images`` ``[n, 3, h, w]``, uint8."""
+        encoded = [self.encode(each) for each in conversations]
+        kept = zip(conversations, encoded, strict=True)
+        images = [image for each, found in kept for image in each.images[: found.images]]
+        return {**self.batch(encoded), "images": self.images(images)}
+
+    def eval_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        """What an evaluation takes: `train_batch`, `predict_batch` under ``prompt``, and the truth.
+
+        The truth is ``accepted``, the answers that count as right, and ``closed``.
+        """
+        return {
+            **self.train_batch(conversations),
+            "prompt": self.predict_batch([each.question() for each in conversations]),
+            "accepted": [each.accepted() for each in conversations],
+            "closed": [each.closed for each in conversations],
+        }
+
+    def predict_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        """What an answer needs: prompts padded on the left, their ``ids`` and ``questions``."""
+        images = [image for each in conversations for image in each.images]
+        return {
+            **self.batch([self.prompt(each) for each in conversations], left=True),
+            "images": self.images(images),
+            "ids": [each.id for each in conversations],
+            "questions": [each.turns[-1].text for each in conversations],
+        }
+
+    def images(self, images: Sequence[Any]) -> Tensor:
+        """Images of any size as one tensor ``[n, 3, h, w]``, uint8, resized to fit and padded."""
+        height, width = self.image_size
+        if not images:
+            return torch.zeros(0, 3, height, width, dtype=torch.uint8)
+        return torch.stack([_fitted(image, height, width) for image in images])
+
+    def padded(self, rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+        """Rows of ids in one tensor ``[rows, longest]``."""
+        longest = max(map(len, rows))
+        fill = [[value] * (longest - len(row)) for row in rows]
+        pairs = zip(rows, fill, strict=True)
+        return torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in pairs])
+
+    def batch(self, rows: Sequence[Encoded], left: bool = False) -> dict[str, Tensor]:
+        """Padded ``input_ids``, ``attention_mask`` and ``labels``, each ``[rows, longest]``."""
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        ids = [row.input_ids for row in rows]
+        ones = [[1] * len(row) for row in ids]
+        return {
+            "input_ids": self.padded(ids, 0 if pad is None else pad, left),
+            "attention_mask": self.padded(ones, 0, left),
+            "labels": self.padded([row.labels for row in rows], IGNORED, left),
+        }
+
+
+def _fitted(image: Tensor, height: int, width: int) -> Tensor:
+    """An image as large as fits, in the middle of grey: LLaVA-1.5 pads, and cuts nothing off."""
+    if image.shape[-2:] == (height, width):
+        return image
+    scale = min(height / image.shape[-2], width / image.shape[-1])
+    sides = [max(1, round(scale * side)) for side in image.shape[-2:]]
+    resized = resize(image, sides, InterpolationMode.BICUBIC, antialias=True)
+    fitted = image.new_full((image.shape[0], height, width), GREY)
+    top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
+    fitted[:, top : top + sides[0], left : left + sides[1]] = resized
+    return fitted
+
+
+def image_token_of(tokenizer: Any) -> int:
+    """The id of a tokenizer's token for images.
+
+    Raises:
+        ValueError: It has none, or ``<image>`` is several tokens to it.
+    """
+    ids = tokenizer(IMAGE, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"the tokenizer has no token {IMAGE}: tokenizer.add_tokens(['{IMAGE}'], "
+            "special_tokens=True), and save it with the language model"
+        )
+    return int(ids[0])

@@ -1,0 +1,47 @@
+"""Language models of transformers by name or folder, and their tokenizers."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..datamodules.conversations import IMAGE
+from .tiny import byte_tokenizer, tiny_language_model
+
+TINY = "tiny"
+
+
+def language_model(
+    name: str, options: dict[str, Any] | None = None, sketched: bool = False
+) -> nn.Module:
+    """A causal language model.
+
+    Args:
+        name: A folder, a name on the hub, or ``tiny``.
+        options: What differs in the configuration of ``tiny``.
+        sketched: Leave it without numbers, on the meta device.
+    """
+    with torch.device("meta" if sketched else "cpu"):
+        if name == TINY:
+            return tiny_language_model(options)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if sketched:
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+@cache
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a language model, with a token for images."""
+    if name == TINY:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer(IMAGE, add_special_tokens=False)["input_ids"]) != 1:
+        tokenizer.add_tokens([IMAGE], special_tokens=True)
+    return tokenizer

@@ -1,0 +1,89 @@
+"""How good answers are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from ..processes import gather_in_order
+
+
+def normalized(answer: str) -> str:
+    """An answer without what makes no difference: case, articles, punctuation at its ends."""
+    words = re.sub(r"\b(a|an|the)\b", " ", answer.lower()).split()
+    return " ".join(words).strip(" .,;:!?\"'")
+
+
+def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """The accuracy of VQA (Antol et al., arXiv:1505.00468): three people who say it make it right.
+
+    It is the mean over all choices of all people but one. With fewer than three people's answers
+    each of them counts as right.
+
+    Args:
+        answer: What was said.
+        accepted: The answers of people.
+    """
+    said = [normalized(answer) == normalized(other) for other in accepted]
+    if len(said) < 3:
+        return float(any(said))
+    others = [sum(said) - own for own in said]
+    return sum(min(count / 3, 1) for count in others) / len(said)
+
+
+class AnswerMean(Metric):
+    """The mean of a number of each answer, the same however they are spread over processes.
+
+    Nan while there is no answer.
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__(dist_sync_fn=gather_in_order)
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, values: Sequence[float] | Tensor) -> None:
+        """Counts answers."""
+        self.values.append(torch.as_tensor(values, dtype=torch.float64, device=self.device))
+
+    def compute(self) -> Tensor:
+        """Their mean, float32."""
+        return dim_zero_cat(self.values).mean().float()
+
+
+class TokenLoss(Metric):
+    """The loss per token that is to be learnt, the same however samples are spread."""
+
+    full_state_update = False
+    sums: list[Tensor]
+    counts: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__(dist_sync_fn=gather_in_order)
+        for state in ("sums", "counts"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    def update(self, losses: Tensor, labels: Tensor) -> None:
+        """Counts samples.
+
+        Args:
+            losses: Of each token, 0 where nothing is learnt: ``[batch, length - 1]``.
+            labels: ``[batch, length]``, -100 where nothing is learnt.
+        """
+        self.sums.append(losses.double().sum(1))
+        self.counts.append((labels[:, 1:] >= 0).sum(1))
+
+    def compute(self) -> Tensor:
+        """The mean over all tokens."""
+        return (dim_zero_cat(self.sums).sum() / dim_zero_cat(self.counts).sum()).float()
+
+
+Answers = dict[str, Any]

@@ -1,0 +1,66 @@
+"""How a conversation is written as text, and which of it the assistant says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..datamodules.conversations import ASSISTANT, SYSTEM, Turn
+
+# Of Vicuna v1, which LLaVA-1.5 was trained with: for tokenizers that bring no chat template.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+
+Span = tuple[int, int]
+
+
+def written(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
+    """A conversation as the tokenizer's chat template writes it, or as Vicuna v1 does.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        turns: The conversation. If the last turn is not the assistant's, what asks for its answer
+            is written at the end.
+
+    Returns:
+        The text, and the spans of characters ``[begin, end)`` in it that the assistant says, the
+        ends of its turns included.
+
+    Raises:
+        ValueError: The template rewrites what it wrote before, so that there are no such spans.
+    """
+    begun = [i for i, turn in enumerate(turns) if turn.role == ASSISTANT]
+    spans, text = [], ""
+    for index in begun:
+        before = _render(tokenizer, turns[:index], ask=True)
+        after = _render(tokenizer, turns[: index + 1], ask=False)
+        if not (after.startswith(before) and before.startswith(text)):
+            raise ValueError(
+                "the tokenizer's chat template writes earlier turns anew when later ones come, so "
+                "that nobody can tell what the assistant says: set another chat_template"
+            )
+        spans.append((len(before), len(after)))
+        text = after
+    if begun and begun[-1] == len(turns) - 1:
+        return text, spans
+    return _render(tokenizer, turns, ask=True), spans
+
+
+def _render(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> str:
+    if tokenizer.chat_template is None:
+        return _vicuna(turns, ask, tokenizer.eos_token or "</s>")
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+
+
+def _vicuna(turns: Sequence[Turn], ask: bool, end: str) -> str:
+    told = [turn.text for turn in turns if turn.role == SYSTEM]
+    text = (told or [VICUNA_SYSTEM])[0] + " "
+    for turn in turns:
+        if turn.role == ASSISTANT:
+            text += f"ASSISTANT: {turn.text}{end}"
+        elif turn.role != SYSTEM:
+            text += f"USER: {turn.text} "
+    return text + "ASSISTANT:" * ask

@@ -1,0 +1,143 @@
+"""VisionLanguageModule: answers to questions about images."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+from .adapters import Tuning
+from .answers import AnswersModule
+from .backbones.create import build, check_name
+from .language.composed import VisionLanguageNet
+from .language.connectors import Connector
+from .language.encoding import Encoder
+from .language.language_models import language_model, tokenizer_of
+from .optim import OneCycle
+from .precision import BaseDtype
+
+
+class VisionLanguageModule(AnswersModule):
+    """Tunes a timm tower, a connector and a language model of transformers, put together here."""
+
+    def __init__(
+        self,
+        tower: str,
+        language_model: str = "tiny",
+        language_options: dict[str, Any] | None = None,
+        weights: str | None = "pretrained",
+        connector: str = "mlp",
+        layer: int = -1,
+        img_size: int | None = None,
+        max_length: int = 2048,
+        max_new_tokens: int = 32,
+        tuning: Tuning | None = None,
+        tower_tuning: Tuning | None = None,
+        connector_tuning: Tuning | None = None,
+        language_tuning: Tuning | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
+        tower_lr: float | None = None,
+        language_lr: float | None = None,
+        head_lr: float | None = None,
+        layer_decay: float | None = None,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
+    ) -> None:
+        """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
+
+        Args:
+            tower: A timm model name, or ``convnext_shapes``.
+            language_model: A causal language model of transformers: a folder, or a name on the hub;
+                ``tiny`` is a small one with random weights, and bytes for tokens.
+            language_options: What differs in the configuration of ``tiny``.
+            weights: Weights of the tower: ``pretrained``, a local file, ``embedded``
+                (convnext_shapes), or None.
+            connector: ``linear``, ``mlp`` or ``pixel_shuffle``.
+            layer: The tower's block or stage whose features are taken; -1 is the last.
+            img_size: Side of the images in pixels; None is the tower's own.
+            max_length: Tokens that a conversation is cut off at.
+            max_new_tokens: Tokens that an answer ends at.
+            tuning: What is trained of tower and language model; None is ``FLoRA()``.
+            tower_tuning: What is trained of the tower, in place of ``tuning``.
+            connector_tuning: What is trained of the connector; None trains it whole.
+            language_tuning: What is trained of the language model, in place of ``tuning``.
+            adapter: Folder of a saved adapter to start from, in place of all tunings.
+            optimizer: Makes the optimizer from parameter groups; None is AdamW at the
+                tunings' own rates, see `litflora.optim.LEARNING_RATES`.
+            lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
+            tower_lr: Learning rate of the tower, in place of that.
+            language_lr: Learning rate of the language model, in place of that.
+            head_lr: Learning rate of the connector, in place of that.
+            layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            activation_checkpointing: ``none``, ``blocks`` (each block of tower and language model
+                keeps its input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and the connector stay float32. It needs precision
+                bf16-mixed.
+        """
+        super().__init__(
+            weights=weights,
+            tuning=tuning,
+            adapter=adapter,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr=lr,
+            head_lr=head_lr,
+            layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
+            max_new_tokens=max_new_tokens,
+            tower_tuning=tower_tuning,
+            connector_tuning=connector_tuning,
+            language_tuning=language_tuning,
+            tower_lr=tower_lr,
+            language_lr=language_lr,
+        )
+        check_name(tower)
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        self.tower = tower
+        self.language_model = language_model
+        self.language_options = language_options
+        self.connector = connector
+        self.layer = layer
+        self.img_size = img_size
+        self.max_length = max_length
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What writes conversations in tokens of the language model."""
+        sketch = self._assemble(None, sketched=True)
+        sides = sketch.pretrained_cfg["input_size"][1:] if self.img_size is None else None
+        height, width = sides or (self.img_size, self.img_size)
+        with torch.device("meta"):
+            found = sketch.features(torch.zeros(1, 3, height, width))
+        tokens = sketch.connector.tokens(*found.shape[-2:])
+        return Encoder(tokenizer_of(self.language_model), tokens, self.max_length, (height, width))
+
+    def build(self) -> nn.Module:
+        """Makes tower, connector and language model."""
+        return self._assemble(self.weights)
+
+    def _assemble(self, weights: str | None, sketched: bool = False) -> VisionLanguageNet:
+        """Puts the parts together; a sketch is without numbers."""
+        with torch.device("meta" if sketched else "cpu"):
+            tower = build(self.tower, weights, 0, self.img_size)
+        told = language_model(self.language_model, self.language_options, sketched)
+        channels = tower.feature_info[self.layer]["num_chs"]
+        width = told.get_input_embeddings().embedding_dim
+        with torch.device("meta" if sketched else "cpu"):
+            connector = Connector(self.connector, channels, width)
+        image_token = tokenizer_of(self.language_model).convert_tokens_to_ids("<image>")
+        return VisionLanguageNet(tower, connector, told, image_token, self.layer)
+
+    def metadata(self, datamodule: Any = None) -> dict[str, Any]:
+        """Adds the size of the images."""
+        return {**super().metadata(datamodule), "img_size": self.img_size}

@@ -35,7 +35,7 @@ class VisionLanguageModule(AnswersModule):
         language_options: dict[str, Any] | None = None,
         weights: str | None = "pretrained",
         connector: str = "mlp",
-        layer: int = -1,
+        layer: int | list[int] = -1,
         img_size: int | None = None,
         max_length: int | None = None,
         max_new_tokens: int = 32,
@@ -64,7 +64,7 @@ class VisionLanguageModule(AnswersModule):
             weights: Weights of the tower: ``pretrained``, a local file, ``embedded``
                 (convnext_shapes), or None.
             connector: ``linear``, ``mlp`` or ``pixel_shuffle``.
-            layer: The tower's block or stage whose features are taken; -1 is the last.
+            layer: The tower's block or stage whose features are taken, or several; -1 is the last.
             img_size: Side of the images in pixels; None is the tower's own.
             max_length: Tokens that a conversation is cut off at; None is as many as the language
                 model has positions for, and 2,048 at the most.

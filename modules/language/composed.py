@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ..adapters.sharded import is_sharded
 from ..backbones.pyramid import Wrapper
@@ -38,7 +39,7 @@ class VisionLanguageNet(Wrapper):
         tower: A timm model without classifier.
         connector: See `Connector`.
         language_model: A causal language model of transformers.
-        layer: Index of the tower's block or stage whose features are taken.
+        layers: Indices of the tower's blocks or stages whose features are taken.
         image_token: Id of the token whose place features take.
     """
 
@@ -50,7 +51,7 @@ class VisionLanguageNet(Wrapper):
         connector: Connector,
         language_model: nn.Module,
         image_token: int,
-        layer: int = -1,
+        layer: int | Sequence[int] = -1,
     ) -> None:
         """Puts the parts together.
 
@@ -59,10 +60,10 @@ class VisionLanguageNet(Wrapper):
         """
         super().__init__()
         _check_widths(channels_of(tower, layer), connector, language_model)
-        self.layer = layer % len(tower.feature_info)
+        self.layers = _indices(tower, layer)
         # What comes after would have no gradient, and processes would wait for it.
         self._norm = hasattr(tower, "norm")
-        tower.prune_intermediate_layers([self.layer], prune_norm=not self._norm)
+        tower.prune_intermediate_layers(self.layers, prune_norm=not self._norm)
         self.tower = tower
         self.connector = connector
         self.language_model = language_model
@@ -86,11 +87,15 @@ class VisionLanguageNet(Wrapper):
         return {**groups, "blocks": [*own, *((pattern, None) for pattern in layers)]}
 
     def features(self, images: Tensor) -> Tensor:
-        """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens."""
-        (found,) = self.tower.forward_intermediates(
-            images, [self.layer], norm=self._norm, output_fmt="NCHW", intermediates_only=True
+        """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens.
+
+        Those of several layers follow each other in channels, at the size of the coarsest.
+        """
+        found = self.tower.forward_intermediates(
+            images, self.layers, norm=self._norm, output_fmt="NCHW", intermediates_only=True
         )
-        return found
+        size = found[-1].shape[-2:]
+        return torch.cat([adaptive_avg_pool2d(each, size) for each in found], 1)
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Embeddings ``[batch, length, width]`` of tokens, those of images from their features.
@@ -186,16 +191,24 @@ class VisionLanguageNet(Wrapper):
         )
 
 
-def channels_of(tower: nn.Module, layer: int) -> int:
-    """Channels of the features of a tower's block or stage.
+def channels_of(tower: nn.Module, layer: int | Sequence[int]) -> int:
+    """Channels of the features of a tower's blocks or stages.
 
     Raises:
         ValueError: It has none of that index.
     """
+    return sum(tower.feature_info[index]["num_chs"] for index in _indices(tower, layer))
+
+
+def _indices(tower: nn.Module, layer: int | Sequence[int]) -> list[int]:
     depth = len(tower.feature_info)
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer {layer} of a tower with {depth}: give -{depth} to {depth - 1}")
-    return tower.feature_info[layer]["num_chs"]
+    asked = [layer] if isinstance(layer, int) else list(layer)
+    for index in asked or [depth]:
+        if not -depth <= index < depth:
+            raise ValueError(
+                f"layer {layer} of a tower with {depth}: give -{depth} to {depth - 1}, or several"
+            )
+    return sorted({index % depth for index in asked})
 
 
 def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:

@@ -65,6 +65,20 @@ def test_features_are_patches_without_prefix_tokens():
     torch.testing.assert_close(own.features(images).flatten(2).mT, every)
 
 
+def test_features_of_several_layers_follow_each_other_in_channels():
+    torch.manual_seed(0)
+    tower = build("convnext_shapes", None, 0, 32).double().eval()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.double)
+    every = tower.forward_intermediates(images, intermediates_only=True)
+    connector = Connector("linear", 24 + 72, 32).double()
+    made = VisionLanguageNet(tower, connector, tiny_language_model(SMALL), IMAGE, [-2, 0])
+    found = made.features(images)
+    assert found.shape == (2, 24 + 72, 2, 2)
+    torch.testing.assert_close(found[:, 24:], every[2])
+    fine = every[0].view(2, 24, 2, 4, 2, 4).mean((3, 5))  # 8 x 8 to 2 x 2
+    torch.testing.assert_close(found[:, :24], fine)
+
+
 def test_the_loss_is_that_of_the_next_tokens():
     own, given = net(), inputs()
     loss, logits, tokens = own(**given)

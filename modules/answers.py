@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -152,9 +153,12 @@ class AnswersModule(TuningModule):
         judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
         for said, accepted, closed in judged:
             exact = float(normalized(said) in map(normalized, accepted))
-            values = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
-            if closed is not None:
-                values["exact_closed" if closed else "exact_open"] = exact
+            values = {
+                "exact": exact,
+                "vqa": vqa_accuracy(said, accepted),
+                "exact_closed": exact if closed is True else math.nan,
+                "exact_open": exact if closed is False else math.nan,
+            }
             for name, value in values.items():
                 metrics[name].update([value])
         for name, metric in metrics.items():

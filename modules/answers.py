@@ -125,10 +125,21 @@ class AnswersModule(TuningModule):
         return {**kept, "images": self.normalize(batch["images"])}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the tokens that are to be learnt."""
-        loss = self(batch).loss
+        """The mean loss of the tokens that are to be learnt, over all processes."""
+        loss = self(batch).loss * self._share(batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    def _share(self, labels: Tensor) -> Tensor | float:
+        """How many times the average of all processes this one has of tokens to be learnt.
+
+        Gradients are averaged over processes: those of each would count alike, however few tokens
+        it has.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return 1.0
+        count = (labels[:, 1:] >= 0).sum().float()
+        return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the validation metrics; returns the ``answers``."""

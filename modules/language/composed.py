@@ -128,7 +128,12 @@ class VisionLanguageNet(Wrapper):
             images: Normalised, ``[n, 3, h, w]``.
             labels: ``[batch, length]``, -100 where nothing is to be learnt.
             position_ids: ``[batch, length]``.
+
+        Raises:
+            ValueError: The language model attends in a way that such a mask means nothing to.
         """
+        if attention_mask is not None and attention_mask.ndim == 4:
+            check_masks(self.language_model)
         logits = self.language_model(
             inputs_embeds=self.embed(input_ids, images),
             attention_mask=attention_mask,
@@ -170,6 +175,16 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
     following = labels[:, 1:].reshape(-1)
     told = logits[:, :-1].flatten(0, 1).float()
     return nn.functional.cross_entropy(told, following, ignore_index=IGNORED, reduction=reduction)
+
+
+def check_masks(language_model: nn.Module) -> None:
+    """Raises unless a mask of tokens that see each other is heeded; others add it to the scores."""
+    attends = language_model.config._attn_implementation
+    if attends != "sdpa":
+        raise ValueError(
+            f"packed rows need attention 'sdpa', and {type(language_model).__name__} has "
+            f"{attends!r}: set pack: false"
+        )
 
 
 def language_blocks(model: nn.Module) -> Iterator[str]:

@@ -130,14 +130,16 @@ class AnswersModule(TuningModule):
         losses = token_loss(logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
         answers = self.answer(batch["prompt"])
+        found: dict[str, list[float]] = {name: [] for name in metrics if name != "loss"}
         judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
         for said, accepted, closed in judged:
             exact = float(normalized(said) in map(normalized, accepted))
-            found = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
+            found["exact"].append(exact)
+            found["vqa"].append(vqa_accuracy(said, accepted))
             if closed is not None:
-                found["exact_closed" if closed else "exact_open"] = exact
-            for name, value in found.items():
-                metrics[name].update([value])
+                found["exact_closed" if closed else "exact_open"].append(exact)
+        for name, values in found.items():  # those without a value, too: another process has some
+            metrics[name].update(values)
         for name, metric in metrics.items():
             shown = name == "exact"
             self.log(f"{stage}/{name}", metric, prog_bar=shown, batch_size=len(answers))

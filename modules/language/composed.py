@@ -173,7 +173,7 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
         reduction: ``mean``, or ``none``: of each of the ``batch * (length - 1)`` tokens.
     """
     following = labels[:, 1:].reshape(-1)
-    told = logits[:, :-1].flatten(0, 1).float()
+    told = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(told, following, ignore_index=IGNORED, reduction=reduction)
 
 

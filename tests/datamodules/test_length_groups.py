@@ -89,7 +89,7 @@ def test_it_goes_on_in_the_middle_of_an_epoch() -> None:
 def test_lengths_are_words_and_images(tmp_path) -> None:
     write_llava(tmp_path)
     lengths, images = lengths_of(LlavaFile(tmp_path / "train.json", tmp_path))
-    assert lengths.tolist() == [5 + 576] * 4 + [3 + 2 + 4 + 2 + 2 * 576, 3 + 3 + 2]
+    assert lengths.tolist() == [5 + 576] * 4 + [3 + 2 + 5 + 2 + 2 * 576, 3 + 3 + 2]
     assert images.tolist() == [True] * 5 + [False]
 
 

@@ -1,7 +1,13 @@
 """Packed rows: the loss and the gradients are those of the conversations one by one."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+import timm
 import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from litflora.datamodules.conversations import ASSISTANT, USER, Conversation, Turn
 from litflora.language.composed import VisionLanguageNet, token_loss
@@ -33,13 +39,22 @@ def conversations() -> list[Conversation]:
     ]
 
 
-def network(attention: str = "sdpa") -> VisionLanguageNet:
-    import timm
+def llama(attention: str = "sdpa") -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return tiny_language_model({**sizes, "attn_implementation": attention})
 
+
+def gpt2() -> nn.Module:
+    """Its positions are absolute, where those of a Llama are relative."""
+    tokens = len(byte_tokenizer())
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=tokens, n_embd=32, n_layer=2, n_head=2, **ends))
+
+
+def network(language_model: Callable[[], nn.Module] = llama) -> VisionLanguageNet:
     torch.manual_seed(0)
     tower = timm.create_model("test_vit", num_classes=0, img_size=SIDE)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    told = tiny_language_model({**sizes, "attn_implementation": attention})
+    told = language_model()
     connector = Connector("linear", tower.feature_info[-1]["num_chs"], 32)
     token = byte_tokenizer().convert_tokens_to_ids("<image>")
     return VisionLanguageNet(tower, connector, told, token).double().eval()
@@ -59,8 +74,9 @@ def gradients(net, loss):
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-def test_loss_and_gradients_are_those_of_the_samples_one_by_one() -> None:
-    net, given = network(), conversations()
+@pytest.mark.parametrize("language_model", [llama, gpt2])
+def test_loss_and_gradients_are_those_of_the_samples_one_by_one(language_model) -> None:
+    net, given = network(language_model), conversations()
     batch = encoder().packed_batch(given)
     rows, length = batch["input_ids"].shape
     assert rows < len(given)
@@ -83,14 +99,11 @@ def test_loss_and_gradients_are_those_of_the_samples_one_by_one() -> None:
         torch.testing.assert_close(together[name], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("key", ["attention_mask", "position_ids"])
-def test_it_takes_both_mask_and_positions(key: str) -> None:
-    """Without the one or the other the samples would change each other."""
+def test_without_mask_and_positions_samples_change_each_other() -> None:
     net, batch = network(), taken(encoder().packed_batch(conversations()))
     right = net(**batch).loss
-    with torch.no_grad():
-        wrong = net(**{name: value for name, value in batch.items() if name != key}).loss
-    assert (wrong - right).abs() > 1e-6
+    del batch["attention_mask"], batch["position_ids"]
+    assert (net(**batch).loss - right).abs() > 1e-6
 
 
 def test_positions_and_mask_of_two_rows() -> None:
@@ -119,13 +132,13 @@ def test_the_first_token_of_a_sample_is_no_label_of_the_one_before() -> None:
     """Not even where a template lets the assistant begin."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    told = [Conversation(str(n), (Turn(ASSISTANT, text),)) for n, text in enumerate(["abc", "de"])]
+    told = [Conversation(text, (Turn(USER, ""), Turn(ASSISTANT, text))) for text in ("abc", "de")]
     batch = Encoder(tokenizer, 4, 10, (SIDE, SIDE)).packed_batch(told)
     learnt = [tokenizer.decode([t]) if t >= 0 else "-" for t in batch["labels"][0].tolist()]
     assert "".join(learnt) == "-bc-e"
 
 
 def test_attention_that_would_add_the_mask_to_scores_is_refused() -> None:
-    net = network(attention="eager")
+    net = network(partial(llama, "eager"))
     with pytest.raises(ValueError, match="attention 'sdpa', and LlamaForCausalLM has 'eager'"):
         net(**taken(encoder().packed_batch(conversations())))

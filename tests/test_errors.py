@@ -435,9 +435,10 @@ def test_a_mistake_in_conversations(kind, here, tmp_path_factory):
     image = "9.jpg" if kind == "bad image" else "1.jpg"
     wrong = record(9, image, conversations=told)
     root = write_llava(tmp_path_factory.mktemp("data"), [*records(), wrong])
-    small = {"tower": "test_vit", "layer": -1, "img_size": 32, "language_model": "tiny"}
-    small = [f"--model.init_args.{key}={value}" for key, value in small.items()]
-    given = ("--model.init_args.weights=null", "--data.init_args.root", root)
-    result = litflora("fit", "--config", "vision_language/llava", *small, *given, *SMALL)
+    small = {"tower": "test_vit", "weights": "null", "language_model": "tiny"}
+    small |= {"layer": -1, "img_size": 32, "language_tuning": "litflora.adapters.Full"}
+    options = [f"--model.init_args.{key}={value}" for key, value in small.items()]
+    given = ("--config", "vision_language/llava", *options, "--data.init_args.root", root)
+    result = litflora("fit", *given, *SMALL)
     assert_told(result, said, "conversation 9")
     assert not files_below(here)

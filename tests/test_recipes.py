@@ -137,6 +137,17 @@ STAND_INS = {
 }
 
 
+# Of a small language model, which is random, all is trained.
+SMALL_ANSWERS = {
+    "tower": "test_vit",
+    "layer": -1,
+    "img_size": 32,
+    "weights": "null",
+    "language_model": "tiny",
+    "language_tuning": "litflora.adapters.Full",
+}
+
+
 def backbone_of(name):
     said = settings_of(name).get("model", {}).get("init_args", {})
     return said.get("backbone") or said.get("tower", "")
@@ -149,10 +160,7 @@ def about_conversations(name):
 def small_model(name):
     """The recipe's model without weights; small where its own net or its detector is large."""
     if about_conversations(name):
-        small = {"tower": "test_vit", "layer": -1, "img_size": 32, "language_model": "tiny"}
-        return {
-            f"model.init_args.{key}": each for key, each in {**small, "weights": "null"}.items()
-        }
+        return {f"model.init_args.{key}": each for key, each in SMALL_ANSWERS.items()}
     stand_in = [net for large, net in STAND_INS.items() if backbone_of(name).startswith(large)]
     return {
         **({"model.init_args.backbone": stand_in[0]} if stand_in else {}),

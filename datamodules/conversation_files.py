@@ -88,20 +88,19 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
     def split(self, name: str) -> Conversations:
         """All conversations of a split whose images are there."""
         found = self._conversations(name)
-        images = [(each.id, each.images) for each in _in_order(found)]
-        flaws = self._flaws({path: None for _, paths in images for path in paths})
-        bad = [i for i, (_, paths) in enumerate(images) if not flaws.keys().isdisjoint(paths)]
-        if bad:
-            told = [(images[i][0], path) for i in bad for path in images[i][1] if path in flaws]
-            named = [f"conversation {own}: {flaws[path]}" for own, path in told[:SHOWN]]
-            more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
-            said = f"{len(bad)} of {len(images)} conversations ({name}) have bad images"
-            self._tell(said, [*named, *more], everything=len(bad) == len(images))
-            self._left_out[name] = len(bad)
-            left = sorted(set(range(len(images))).difference(bad))
+        known = [(conversation.id, conversation.images) for conversation in _in_order(found)]
+        flaws = self._flaws({path: None for _, paths in known for path in paths})
+        left = [i for i, (_, paths) in enumerate(known) if flaws.keys().isdisjoint(paths)]
+        if len(left) < len(known):
+            bad = [(own, path) for own, paths in known for path in paths if path in flaws]
+            named = [f"conversation {own}: {flaws[path]}" for own, path in bad[:SHOWN]]
+            more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+            count = len(known) - len(left)
+            said = f"{count} of {len(known)} conversations ({name}) have bad images"
+            self._tell(said, "; ".join([*named, *more]), everything=not left)
+            self._left_out[name] = count
             found = Subset(found, left)  # type: ignore[arg-type, assignment]  # needs no Dataset
-            images = [images[i] for i in left]
-        return Conversations(found, [own for own, _ in images], seed=self.seed)
+        return Conversations(found, [known[i][0] for i in left], seed=self.seed)
 
     def contents(self) -> str:
         """The sizes of the splits that are set up, and how many conversations are left out."""
@@ -157,13 +156,13 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
         found = zip(paths, each(_flaw, list(paths), "Reading all images"), strict=True)
         return {path: flaw for path, flaw in found if flaw}
 
-    def _tell(self, said: str, named: Sequence[str], everything: bool) -> None:
+    def _tell(self, said: str, named: str, everything: bool) -> None:
         if self.on_bad_image == "raise":
             remedy = "set data.init_args.root right, or on_bad_image: skip to leave them out"
-            raise FileNotFoundError("\n".join([f"{said}: {remedy}", "; ".join(named)]))
+            raise FileNotFoundError(f"{said}: {remedy}\n{named}")
         if everything:
-            raise ValueError("\n".join([f"{said}: none is left", "; ".join(named)]))
-        rank_zero_warn(f"{said} and are left out: {'; '.join(named)}")
+            raise ValueError(f"{said}: none is left\n{named}")
+        rank_zero_warn(f"{said} and are left out: {named}")
 
 
 class Unanswered(Sequence[Conversation]):

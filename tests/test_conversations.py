@@ -49,6 +49,14 @@ def test_fit_on_packed_rows_and_predict_a_folder(tmp_path):
     asked = "--data.init_args.predict_root FOLDER --data.init_args.question TEXT"
     assert f"litflora predict --adapter {run / 'adapter'} {asked}" in fit.out
 
+    folder = ("--data.init_args.predict_root", tmp_path / "data")
+    predict = ("predict", "--adapter", run / "adapter", *folder)
+    refused = litflora(*predict)
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "predict_root and question go together" in refused.err
+    told = litflora(*predict, "--data.init_args.question", "What is this?")
+    assert told.code == 0, told.err
+
 
 def test_two_processes_train_on_images_and_texts(tmp_path):
     """A process that has texts alone runs the tower, too, or the other would wait for it."""

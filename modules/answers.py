@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -125,10 +126,21 @@ class AnswersModule(TuningModule):
         return {**kept, "images": self.normalize(batch["images"])}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the tokens that are to be learnt."""
-        loss = self(batch).loss
+        """The mean loss of the tokens that are to be learnt, over all processes."""
+        loss = self(batch).loss * self._share(batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    def _share(self, labels: Tensor) -> Tensor | float:
+        """How many times the average of all processes this one has of tokens to be learnt.
+
+        Gradients are averaged over processes: those of each would count alike, however few tokens
+        it has.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return 1.0
+        count = (labels[:, 1:] >= 0).sum().float()
+        return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the validation metrics; returns the ``answers``."""
@@ -150,16 +162,17 @@ class AnswersModule(TuningModule):
         losses = token_loss(found.logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
         answers = self._told(found.tokens)
-        scores: dict[str, list[float]] = {name: [] for name in metrics if name != "loss"}
         judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
         for said, accepted, closed in judged:
             exact = float(normalized(said) in map(normalized, accepted))
-            scores["exact"].append(exact)
-            scores["vqa"].append(vqa_accuracy(said, accepted))
-            if closed is not None:
-                scores["exact_closed" if closed else "exact_open"].append(exact)
-        for name, values in scores.items():  # those without a value, too: another process has some
-            metrics[name].update(values)
+            values = {
+                "exact": exact,
+                "vqa": vqa_accuracy(said, accepted),
+                "exact_closed": exact if closed is True else math.nan,
+                "exact_open": exact if closed is False else math.nan,
+            }
+            for name, value in values.items():
+                metrics[name].update([value])
         for name, metric in metrics.items():
             shown = name == "exact"
             self.log(f"{stage}/{name}", metric, prog_bar=shown, batch_size=len(answers))

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from litflora import VisionLanguageModule
+from litflora.adapters import Full
 from litflora.datamodules.conversations import ASSISTANT, USER, Conversation, Turn
 from litflora.language.composed import VisionLanguageNet, token_loss
 from litflora.language.connectors import Connector
@@ -104,6 +106,18 @@ def test_without_mask_and_positions_samples_change_each_other() -> None:
     right = net(**batch).loss
     del batch["attention_mask"], batch["position_ids"]
     assert (net(**batch).loss - right).abs() > 1e-6
+
+
+def test_a_module_gives_its_network_all_of_a_packed_batch() -> None:
+    own = VisionLanguageModule(
+        "test_vit", weights=None, img_size=SIDE, language_tuning=Full(), tuning=Full()
+    )
+    own.configure_model()
+    batch = own.encoder.packed_batch(conversations())
+    taken_by_net = own.inputs(batch)
+    assert set(taken_by_net) == set(batch) - {"labels"}
+    for key in ("attention_mask", "position_ids"):
+        assert taken_by_net[key] is batch[key]
 
 
 def test_positions_and_mask_of_two_rows() -> None:

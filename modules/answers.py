@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from .adapters import Full, PerModule, Tuning
+from .callbacks import AnswerWriter, Gallery
+from .datamodules.conversations import Conversation
+from .drawing import ConversationDrawing, Drawing
 from .language.composed import token_loss
 from .language.encoding import Batch
-from .language.measures import AnswerMean, TokenLoss, normalized, vqa_accuracy
+from .language.measures import AnswerMean, Bleu, TokenLoss, is_exact, is_long, vqa_accuracy
 from .module import TuningModule
 
 
@@ -25,7 +30,8 @@ class AnswersModule(TuningModule):
     It logs ``train/loss`` and, for validation and test, ``loss`` per token that is to be learnt,
     ``exact``, the share of answers that are right to the letter (but for case, articles and marks
     at their ends), ``vqa``, VQA's accuracy, and ``exact_closed`` and ``exact_open``, the share
-    among questions with few possible answers and with many.
+    among questions with few possible answers and with many. Where answers are sentences, as
+    captions are, it logs ``bleu``, BLEU-4. What there is no answer for is not logged.
 
     Attributes:
         encoder: Writes conversations in tokens.
@@ -33,6 +39,7 @@ class AnswersModule(TuningModule):
 
     task: ClassVar[str] = "vision_language"
     monitor: ClassVar[str] = "val/exact"
+    drawing: ClassVar[type[Drawing]] = ConversationDrawing
     encoder: Any
 
     def __init__(
@@ -57,6 +64,8 @@ class AnswersModule(TuningModule):
             options: Arguments of `TuningModule`.
         """
         super().__init__(**options)
+        for linked in ("num_classes", "class_names"):  # the command line has them of all data
+            self.hparams.pop(linked, None)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():
@@ -68,6 +77,10 @@ class AnswersModule(TuningModule):
         self.language_tuning = language_tuning
         self.part_lrs = {"tower": tower_lr, "language_model": language_lr}
         self.val_metrics, self.test_metrics = _metrics(), _metrics()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The gallery of a fit, and the answers of a prediction."""
+        return [Gallery(), AnswerWriter()]
 
     def part_tunings(self) -> dict[str, Tuning]:
         """The tuning of each part."""
@@ -100,6 +113,15 @@ class AnswersModule(TuningModule):
         tokens = self.net.generate(**self.inputs(prompt), **options, **special)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
+    def reply(self, conversation: Conversation) -> str:
+        """The answer to one conversation that ends with a question; call ``eval()`` before.
+
+        Raises:
+            ValueError: It is too long.
+        """
+        prompt = self.encoder.predict_batch([conversation])
+        return self.answer(move_data_to_device(prompt, self.device))[0]
+
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes, images normalised."""
         kept = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -113,36 +135,51 @@ class AnswersModule(TuningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the validation metrics; returns the ``answers``."""
-        return self._evaluate(batch, "val", self.val_metrics)
+        return self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self._log_metrics("val", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the test metrics; returns the ``answers``."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics."""
+        self._log_metrics("test", self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Returns ``ids``, ``questions`` and ``answers``."""
-        kept = {key: batch[key] for key in ("ids", "questions")}
+        """Returns ``ids``, ``questions``, ``files`` of the images, and ``answers``."""
+        kept = {key: batch[key] for key in ("ids", "questions", "files")}
         return {**kept, "answers": self.answer(batch)}
 
-    def _evaluate(self, batch: Batch, stage: str, metrics: nn.ModuleDict) -> dict[str, Any]:
+    def _evaluate(self, batch: Batch, metrics: nn.ModuleDict) -> dict[str, Any]:
         logits, labels = self(batch).logits, batch["labels"]
         losses = token_loss(logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
         answers = self.answer(batch["prompt"])
-        judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
-        for said, accepted, closed in judged:
-            exact = float(normalized(said) in map(normalized, accepted))
-            found = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
-            if closed is not None:
-                found["exact_closed" if closed else "exact_open"] = exact
-            for name, value in found.items():
-                metrics[name].update([value])
-        for name, metric in metrics.items():
-            shown = name == "exact"
-            self.log(f"{stage}/{name}", metric, prog_bar=shown, batch_size=len(answers))
+        rows = list(zip(answers, batch["accepted"], batch["closed"], strict=True))
+        exact = [is_exact(said, accepted) for said, accepted, _ in rows]
+        closed = list(zip(exact, batch["closed"], strict=True))
+        # Of each batch, if there is nothing in it, too: processes wait for each other's values.
+        metrics["exact"].update(exact)
+        metrics["vqa"].update([vqa_accuracy(said, accepted) for said, accepted, _ in rows])
+        metrics["exact_closed"].update([right for right, few in closed if few])
+        metrics["exact_open"].update([right for right, few in closed if few is False])
+        sentences = [row[:2] for row in rows if row[2] is None and is_long(row[1])]
+        metrics["bleu"].update([said for said, _ in sentences], [true for _, true in sentences])
         return {**batch["prompt"], "answers": answers, "accepted": batch["accepted"]}
+
+    def _log_metrics(self, stage: str, metrics: nn.ModuleDict) -> None:
+        for name, metric in metrics.items():
+            value = metric.compute()
+            metric.reset()
+            if not value.isnan():
+                self.log(f"{stage}/{name}", value, prog_bar=name == "exact")
 
 
 def _metrics() -> nn.ModuleDict:
-    names = ("exact", "vqa", "exact_closed", "exact_open")
-    return nn.ModuleDict({"loss": TokenLoss(), **{name: AnswerMean() for name in names}})
+    means = ("exact", "vqa", "exact_closed", "exact_open")
+    found = {"loss": TokenLoss(), "bleu": Bleu(), **{name: AnswerMean() for name in means}}
+    return nn.ModuleDict(found)

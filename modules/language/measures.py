@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.text import SacreBLEUScore
 from torchmetrics.utilities import dim_zero_cat
 
 from ..processes import gather_in_order
@@ -18,6 +18,11 @@ def normalized(answer: str) -> str:
     """An answer without what makes no difference: case, articles, punctuation at its ends."""
     words = re.sub(r"\b(a|an|the)\b", " ", answer.lower()).split()
     return " ".join(words).strip(" .,;:!?\"'")
+
+
+def is_exact(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether an answer is one of those that count as right, but for what `normalized` drops."""
+    return normalized(answer) in map(normalized, accepted)
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -86,4 +91,22 @@ class TokenLoss(Metric):
         return (dim_zero_cat(self.sums).sum() / dim_zero_cat(self.counts).sum()).float()
 
 
-Answers = dict[str, Any]
+class Bleu(SacreBLEUScore):
+    """BLEU-4 of lower-case text, tokenised as sacreBLEU's 13a does, the same however it is spread.
+
+    Nan while there is no answer.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(lowercase=True)
+
+    def compute(self) -> Tensor:
+        """The score of the whole set, 0 to 1."""
+        return super().compute() if self.target_len else self.target_len.new_full((), torch.nan)
+
+
+def is_long(accepted: Sequence[str]) -> bool:
+    """Whether answers are sentences, which BLEU makes sense for: it counts runs of four words."""
+    return min(len(answer.split()) for answer in accepted) >= 4

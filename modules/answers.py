@@ -39,6 +39,7 @@ class AnswersModule(TuningModule):
 
     task: ClassVar[str] = "vision_language"
     monitor: ClassVar[str] = "val/exact"
+    merged: ClassVar[str] = "merged"
     drawing: ClassVar[type[Drawing]] = ConversationDrawing
     encoder: Any
 

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "inspect", "show what a recipe would adapt, or a saved adapter does", inspect)
     _add(commands, SAMPLES, "draw training samples of a recipe, with their truth", samples)
     _add(commands, "calibrate", "time the computing paths of a recipe on this machine", calibrate)
-    _add(commands, "merge", "merge an adapter into a file that plain timm loads", merge)
+    _add(commands, "merge", "write an adapter and its base as plain weights", merge)
     _add(commands, "chat", "ask a vision-language adapter about an image", chat)
     return parser
 

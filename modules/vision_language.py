@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import Tuning
 from .answers import AnswersModule
 from .backbones.create import build, check_name
+from .datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
 from .language.composed import VisionLanguageNet
 from .language.connectors import Connector
-from .language.encoding import Encoder
+from .language.encoding import Encoder, image_token_of
 from .language.language_models import language_model, tokenizer_of
+from .language.merged import MergedFolder
 from .optim import OneCycle
 from .precision import BaseDtype
+
+# What a step is measured on where there are no data.
+QUESTION, ANSWER = "What is in the image?", "One thing, and another beside it."
 
 
 class VisionLanguageModule(AnswersModule):
@@ -57,7 +64,8 @@ class VisionLanguageModule(AnswersModule):
                 ``tiny`` is a small one with random weights, and bytes for tokens.
             language_options: What differs in the configuration of ``tiny``.
             weights: Weights of the tower: ``pretrained``, a local file, ``embedded``
-                (convnext_shapes), or None.
+                (convnext_shapes), or None. A folder that `litflora merge` has written has tower,
+                connector and language model, which is then the folder's.
             connector: ``linear``, ``mlp`` or ``pixel_shuffle``.
             layer: The tower's block or stage whose features are taken; -1 is the last.
             img_size: Side of the images in pixels; None is the tower's own.
@@ -120,7 +128,7 @@ class VisionLanguageModule(AnswersModule):
         with torch.device("meta"):
             found = sketch.features(torch.zeros(1, 3, height, width))
         tokens = sketch.connector.tokens(*found.shape[-2:])
-        return Encoder(tokenizer_of(self.language_model), tokens, self.max_length, (height, width))
+        return Encoder(self._tokenizer(), tokens, self.max_length, (height, width))
 
     def build(self) -> nn.Module:
         """Makes tower, connector and language model."""
@@ -128,15 +136,50 @@ class VisionLanguageModule(AnswersModule):
 
     def _assemble(self, weights: str | None, sketched: bool = False) -> VisionLanguageNet:
         """Puts the parts together; a sketch is without numbers."""
+        tower_weights = weights if self._folder is None or sketched else self._folder.tower
         with torch.device("meta" if sketched else "cpu"):
-            tower = build(self.tower, weights, 0, self.img_size)
-        told = language_model(self.language_model, self.language_options, sketched)
+            tower = build(self.tower, tower_weights, 0, self.img_size)
+        told = language_model(self._language_model, self.language_options, sketched)
         channels = tower.feature_info[self.layer]["num_chs"]
         width = told.get_input_embeddings().embedding_dim
         with torch.device("meta" if sketched else "cpu"):
             connector = Connector(self.connector, channels, width)
-        image_token = tokenizer_of(self.language_model).convert_tokens_to_ids("<image>")
+        if self._folder is not None and not sketched:
+            self._folder.load(connector)
+        image_token = image_token_of(self._tokenizer())
         return VisionLanguageNet(tower, connector, told, image_token, self.layer)
+
+    @property
+    def _folder(self) -> MergedFolder | None:
+        """Where all weights are, if they are in one folder."""
+        return MergedFolder.of(self.weights)
+
+    @property
+    def _language_model(self) -> str:
+        return self.language_model if self._folder is None else self._folder.language_model
+
+    def _tokenizer(self) -> Any:
+        return tokenizer_of(self._language_model)
+
+    def write_merged(self, path: Path) -> None:
+        """Writes a folder that ``weights`` takes."""
+        MergedFolder(path).write(self.net, self._tokenizer())
+
+    def loading_code(self, path: Path) -> str:
+        """The whole network is litflora's own; its language model is of transformers."""
+        names = ("connector", "layer", "img_size")
+        options = {"weights": str(path), **{name: getattr(self, name) for name in names}}
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        return f"import litflora\nlitflora.VisionLanguageModule({self.tower!r}, {told}).build()"
+
+    def example(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As many conversations as there are images, each of one image and a short question."""
+        height, width = self.encoder.image_size
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        turns = (Turn(USER, f"{IMAGE}\n{QUESTION}"), Turn(ASSISTANT, ANSWER))
+        one = Conversation("example", turns, (image,))
+        batch = move_data_to_device(self.encoder.train_batch([one] * len(images)), images.device)
+        return batch["input_ids"], batch["attention_mask"], self.normalize(batch["images"])
 
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:
         """Adds the size of the images."""

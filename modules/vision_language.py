@@ -181,6 +181,13 @@ class VisionLanguageModule(AnswersModule):
         batch = move_data_to_device(self.encoder.train_batch([one] * len(images)), images.device)
         return batch["input_ids"], batch["attention_mask"], self.normalize(batch["images"])
 
+    def description(self) -> dict[str, Any]:
+        """Makes the path of a language model absolute, too."""
+        described = super().description()
+        if Path(self.language_model).is_dir():
+            described["init_args"]["language_model"] = str(Path(self.language_model).absolute())
+        return described
+
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:
         """Adds the size of the images."""
         return {**super().metadata(datamodule), "img_size": self.img_size}

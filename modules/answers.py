@@ -9,13 +9,13 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from .adapters import Full, PerModule, Tuning
+from .adapters import PerModule, Tuning
 from .callbacks import AnswerWriter, Gallery
 from .datamodules.conversations import Conversation
 from .drawing import ConversationDrawing, Drawing
 from .language.composed import token_loss
 from .language.encoding import Batch
-from .language.measures import AnswerMean, Bleu, TokenLoss, is_exact, is_long, vqa_accuracy
+from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
 from .module import TuningModule
 
 
@@ -65,8 +65,6 @@ class AnswersModule(TuningModule):
             options: Arguments of `TuningModule`.
         """
         super().__init__(**options)
-        for linked in ("num_classes", "class_names"):  # the command line has them of all data
-            self.hparams.pop(linked, None)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():
@@ -84,17 +82,26 @@ class AnswersModule(TuningModule):
         return [Gallery(), AnswerWriter()]
 
     def part_tunings(self) -> dict[str, Tuning]:
-        """The tuning of each part."""
-        return {
-            "tower": self.tower_tuning or self.tuning,
-            "connector": self.connector_tuning or Full(),
-            "language_model": self.language_tuning or self.tuning,
-        }
+        """The tuning of each part; without one of its own the connector trains whole, as a head."""
+        own = {} if self.connector_tuning is None else {"connector": self.connector_tuning}
+        tower, language = self.tower_tuning or self.tuning, self.language_tuning or self.tuning
+        return {"tower": tower, **own, "language_model": language}
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""
-        parts, tunings = net.parts(), self.part_tunings()
-        return PerModule({name: tunings[part] for part, names in parts.items() for name in names})
+        parts = net.parts()
+        tunings = self.part_tunings().items()
+        return PerModule({name: tuning for part, tuning in tunings for name in parts[part]})
+
+    def learning_rates(self) -> dict[str, float]:
+        """Those of tower and language model, where they were given."""
+        assert self.net is not None
+        return {
+            name: rate
+            for part, rate in self.part_lrs.items()
+            if rate is not None
+            for name in self.net.parts()[part]
+        }
 
     def forward(self, batch: Batch) -> Any:
         """Loss and logits of a batch as the encoder makes it."""
@@ -105,14 +112,23 @@ class AnswersModule(TuningModule):
     def answer(self, prompt: Batch) -> list[str]:
         """Answers to a batch of prompts as the encoder makes it."""
         assert self.net is not None, "call configure_model() first"
+        return self._told(self.net(**self._generation(prompt)).tokens)
+
+    def _generation(self, prompt: Batch) -> dict[str, Any]:
+        """What has the network go on with a prompt, always by the likeliest token."""
         tokenizer = self.encoder.tokenizer
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        special = {
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id,
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        return {
+            "prompt": self.inputs(prompt),
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": end,
+            "pad_token_id": end if pad is None else pad,
         }
-        tokens = self.net.generate(**self.inputs(prompt), **options, **special)
-        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _told(self, tokens: Tensor) -> list[str]:
+        texts = self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def reply(self, conversation: Conversation) -> str:
         """The answer to one conversation that ends with a question; call ``eval()`` before.
@@ -156,10 +172,12 @@ class AnswersModule(TuningModule):
         return {**kept, "answers": self.answer(batch)}
 
     def _evaluate(self, batch: Batch, metrics: nn.ModuleDict) -> dict[str, Any]:
-        logits, labels = self(batch).logits, batch["labels"]
-        losses = token_loss(logits, labels, reduction="none").view(len(labels), -1)
+        assert self.net is not None
+        labels = batch["labels"]
+        found = self.net(**self.inputs(batch), **self._generation(batch["prompt"]))
+        losses = token_loss(found.logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
-        answers = self.answer(batch["prompt"])
+        answers = self._told(found.tokens)
         rows = list(zip(answers, batch["accepted"], batch["closed"], strict=True))
         exact = [is_exact(said, accepted) for said, accepted, _ in rows]
         closed = list(zip(exact, batch["closed"], strict=True))
@@ -168,7 +186,7 @@ class AnswersModule(TuningModule):
         metrics["vqa"].update([vqa_accuracy(said, accepted) for said, accepted, _ in rows])
         metrics["exact_closed"].update([right for right, few in closed if few])
         metrics["exact_open"].update([right for right, few in closed if few is False])
-        sentences = [row[:2] for row in rows if row[2] is None and is_long(row[1])]
+        sentences = [row[:2] for row in rows if are_sentences(*row[1:])]
         metrics["bleu"].update([said for said, _ in sentences], [true for _, true in sentences])
         return {**batch["prompt"], "answers": answers, "accepted": batch["accepted"]}
 

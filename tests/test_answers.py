@@ -17,8 +17,8 @@ from litflora.datamodules.vision_language import read_image
 RECIPE = "vision_language/shapes"
 SIZES = "{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2}"
 FEW = ("--data.train_samples", 320, "--data.val_samples", 8, "--data.test_samples", 5)
-# One rate for all parts, high enough for the language model to say something.
-QUICK = ("--data.batch_size", 8, "--model.optimizer", "AdamW", "--model.optimizer.lr", 5e-3)
+# A rate that is high enough for the language model to say something.
+QUICK = ("--data.batch_size", 8, "--model.language_lr", 5e-3, "--model.head_lr", 5e-3)
 QUESTION = "What is the largest shape?"
 
 
@@ -157,7 +157,7 @@ def test_mistakes_in_chat(made, tmp_path):
     assert "is not an adapter folder" in mistake("chat", tmp_path, image)
     assert "--question is empty" in mistake("chat", adapter, image, "--question", " ")
     long = mistake("chat", adapter, image, "--question", "why " * 1000)
-    assert "tokens: more than max_length 2,048: shorten it" in long
+    assert "tokens: more than max_length 1,024: shorten it" in long
     other = shutil.copytree(adapter, tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text())
     config["metadata"]["task"] = "classification"
@@ -206,11 +206,10 @@ def test_a_merged_folder_is_a_base(made, module, tmp_path):
 def test_a_folder_that_is_no_merged_one(made, tmp_path):
     shutil.copytree(made / "merged", tmp_path / "half")
     (tmp_path / "half" / "connector.safetensors").unlink()
-    module = VisionLanguageModule("convnext_shapes", weights=str(tmp_path / "half"), layer=-2)
     with pytest.raises(FileNotFoundError, match="lacks connector"):
-        module.configure_model()
+        VisionLanguageModule("convnext_shapes", weights=str(tmp_path / "half"), layer=-2)
     options = {"weights": str(made / "merged"), "layer": -2, "connector": "linear"}
-    with pytest.raises(ValueError, match="is of another connector"):
+    with pytest.raises(ValueError, match="is of another one: give tower"):
         VisionLanguageModule("convnext_shapes", **options).configure_model()
 
 
@@ -224,19 +223,17 @@ def test_inspect_shows_adapter_and_recipe(made):
     assert told.code == 0, told.err
     assert "tower.stages.2.blocks.0.mlp.fc1.weight" in told.out
     assert "for one batch of 8 images of 64 x 64 pixels" in told.out
-    sizes = ("--model.language_options", SIZES, "--model.language_tuning", "LoRA")
-    told = litflora("inspect", RECIPE, *sizes, "--data.batch_size", 2)
+    base = ("--model.weights", made / "merged", "--model.language_tuning", "LoRA")
+    told = litflora("inspect", RECIPE, *base, "--data.batch_size", 2)
     assert told.code == 0, told.err
     assert "language_model.model.layers.1.self_attn.q_proj.weight" in told.out
     assert "was not called" not in told.out
 
 
-def test_calibrate_times_all_parts(tmp_path, monkeypatch):
+def test_calibrate_times_all_parts(made, tmp_path, monkeypatch):
     monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "paths.json"))
-    sizes = ("--model.language_options", SIZES, "--model.language_tuning", "FLoRA")
-    told = litflora(
-        "calibrate", RECIPE, *sizes, "--data.batch_size", 1, "--trainer.accelerator", "cpu"
-    )
+    base = ("--model.weights", made / "merged", "--model.language_tuning", "FLoRA")
+    told = litflora("calibrate", RECIPE, *base, "--data.batch_size", 1, *SMALL[-4:-2])
     assert told.code == 0, told.err
     assert "linear 128x64" in told.out  # of the language model alone
     assert (tmp_path / "paths.json").is_file()

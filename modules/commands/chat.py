@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answers one question, or a line at a time."""
-    if not args.image.is_file():
-        raise FileNotFoundError(f"there is no image {args.image}")
     if args.question is not None and not args.question.strip():
         raise ValueError("--question is empty: leave it out to be asked")
+    _check_task(args.adapter)
+    if not args.image.is_file():
+        raise FileNotFoundError(f"there is no image {args.image}")
 
     from ..datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
     from ..datamodules.vision_language import read_image
@@ -41,19 +42,23 @@ def run(args: argparse.Namespace) -> None:
         print(answer, flush=True)
 
 
+def _check_task(adapter: Path) -> None:
+    from ..adapters import read_config
+
+    task = read_config(adapter).get("metadata", {}).get("task")
+    if task != "vision_language":
+        raise ValueError(
+            f"adapter {adapter} does not answer questions: it was trained for "
+            f"{task or 'something else'}, and chat needs vision_language"
+        )
+
+
 def _module(args: argparse.Namespace) -> AnswersModule:
     """The adapter's model, ready to answer, on an accelerator if there is one."""
     import torch
 
-    from ..adapters import read_config
     from ..module import from_adapter
 
-    task = read_config(args.adapter).get("metadata", {}).get("task")
-    if task != "vision_language":
-        raise ValueError(
-            f"adapter {args.adapter} does not answer questions: it was trained for "
-            f"{task or 'something else'}, and chat needs vision_language"
-        )
     module = from_adapter(args.adapter, **({"weights": args.weights} if args.weights else {}))
     module.configure_model()
     accelerator = torch.accelerator.current_accelerator(check_available=True)

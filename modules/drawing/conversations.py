@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..datamodules.conversations import ASSISTANT, Conversation
-from ..language.measures import is_exact
+from ..language.measures import are_sentences, is_exact
 from .base import Color, Drawing, Key, shade, show_image
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class ConversationDrawing(Drawing):
         asked = [(turn.text, BLACK) for turn in target.question().turns]
         answers = " | ".join(dict.fromkeys(accepted))  # ten people say much the same
         write(axes[1], [*asked, (answers, RIGHT.color)])
+        if are_sentences(accepted, target.closed):  # of which hardly one is said word by word
+            write(axes[2], [(found or NOTHING, BLACK)])
+            return {RIGHT}
         write(axes[2], [(found or NOTHING, (RIGHT if is_exact(found, accepted) else WRONG).color)])
         return {RIGHT, WRONG}
 

@@ -107,6 +107,9 @@ class Bleu(SacreBLEUScore):
         return super().compute() if self.target_len else self.target_len.new_full((), torch.nan)
 
 
-def is_long(accepted: Sequence[str]) -> bool:
-    """Whether answers are sentences, which BLEU makes sense for: it counts runs of four words."""
-    return min(len(answer.split()) for answer in accepted) >= 4
+def are_sentences(accepted: Sequence[str], closed: bool | None) -> bool:
+    """Whether answers are to be measured by BLEU, which counts runs of four words.
+
+    Data sets of questions say of each whether it is closed; captions and conversations do not.
+    """
+    return closed is None and min(len(answer.split()) for answer in accepted) >= 4

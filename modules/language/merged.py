@@ -17,8 +17,8 @@ LANGUAGE_MODEL = "language_model"
 class MergedFolder:
     """What `litflora merge` writes of a network that was put together here.
 
-    ``tower.safetensors`` is as timm has it, ``language_model`` as transformers has it, with its
-    tokenizer, and ``connector.safetensors`` is a plain state dict.
+    ``tower.safetensors`` has timm's keys, up to the layer whose features are taken;
+    ``language_model`` is as transformers has it, with its tokenizer.
 
     Attributes:
         path: The folder.
@@ -45,36 +45,38 @@ class MergedFolder:
         return cls(path)
 
     @property
-    def tower(self) -> str:
-        """The file of the tower."""
-        return str(self.path / TOWER)
-
-    @property
     def language_model(self) -> str:
         """The folder of the language model."""
         return str(self.path / LANGUAGE_MODEL)
 
-    def load(self, connector: nn.Module) -> None:
-        """Loads the connector's weights.
+    def load(self, net: Any) -> None:
+        """Loads the weights of tower and connector.
+
+        Args:
+            net: A `VisionLanguageNet`, whose language model is the folder's already.
 
         Raises:
-            ValueError: They are of another connector.
+            ValueError: They are of another one.
         """
-        path = self.path / CONNECTOR
-        state = load_file(path)
-        own = {key: value.shape for key, value in connector.state_dict().items()}
-        if {key: value.shape for key, value in state.items()} != own:
-            raise ValueError(
-                f"{path} is of another connector: give tower, layer and connector as they were "
-                "when it was merged"
-            )
-        connector.load_state_dict(state)
+        for name, part in _files(net).items():
+            state = load_file(self.path / name)
+            own = {key: value.shape for key, value in part.state_dict().items()}
+            if {key: value.shape for key, value in state.items()} != own:
+                raise ValueError(
+                    f"{self.path / name} is of another one: give tower, layer, img_size and "
+                    "connector as they were when it was merged"
+                )
+            part.load_state_dict(state)
 
     def write(self, net: Any, tokenizer: Any) -> None:
         """Writes the parts of a `VisionLanguageNet`, adapters merged into it."""
         self.path.mkdir()
-        for name, part in {TOWER: net.tower, CONNECTOR: net.connector}.items():
+        for name, part in _files(net).items():
             state = {key: value.contiguous() for key, value in part.state_dict().items()}
             (self.path / name).write_bytes(save(state))
         net.language_model.save_pretrained(self.path / LANGUAGE_MODEL)
         tokenizer.save_pretrained(self.path / LANGUAGE_MODEL)
+
+
+def _files(net: Any) -> dict[str, nn.Module]:
+    return {TOWER: net.tower, CONNECTOR: net.connector}

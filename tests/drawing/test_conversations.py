@@ -78,6 +78,15 @@ def test_an_answer_is_right_or_wrong(said, color):
     assert written(three[2]) == [(said or "(nothing)", color)]
 
 
+def test_nobody_says_a_caption_word_by_word():
+    drawing, three = ConversationDrawing([]), axes(3)
+    picture, target, _ = drawing.shown(
+        conversation("<image>", "a dog in the snow", images=[image()])
+    )
+    assert drawing.compare(three, picture, target, "a cat") == {RIGHT}
+    assert written(three[2])[0][1] not in (RIGHT.color, WRONG.color)
+
+
 def test_the_answer_is_that_of_the_question_alone():
     class Module:
         def reply(self, asked):

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from litflora.answers import AnswersModule
-from litflora.language.composed import token_loss
+from litflora.language.composed import Output, token_loss
 from litflora.language.measures import (
     AnswerMean,
     Bleu,
     TokenLoss,
+    are_sentences,
     is_exact,
-    is_long,
     vqa_accuracy,
 )
 
@@ -87,22 +87,26 @@ def test_bleu_by_hand():
     metric.update(["A dog sits on the mat"], [["a cat sits on the mat"]])
     by_hand = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
     assert metric.compute().item() == pytest.approx(by_hand, rel=1e-5)
-    assert is_long(["a cat sits down", "it is a cat"])
-    assert not is_long(["a cat sits down", "a cat"])
+    assert are_sentences(["a cat sits down", "it is a cat"], None)
+    assert not are_sentences(["a cat sits down", "a cat"], None)
+    assert not are_sentences(["a cat sits down"], False)
 
 
 class Parrot(AnswersModule):
-    """Says what it is told to, and knows every next token."""
+    """Says what it is told to, and finds every next token of four as likely."""
 
     def __init__(self, said):
         super().__init__(weights=None)
         self.said, self.logged = said, {}
+        self.net = lambda **asked: Output(None, torch.zeros(len(said), 3, 4))
 
-    def forward(self, batch):
-        logits = torch.zeros(*batch["labels"].shape, 4)
-        return type("Output", (), {"logits": logits})
+    def inputs(self, batch):
+        return {}
 
-    def answer(self, prompt):
+    def _generation(self, prompt):
+        return {}
+
+    def _told(self, tokens):
         return self.said
 
     def log(self, name, value, **options):

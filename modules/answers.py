@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,10 @@ class AnswersModule(TuningModule):
 
     task: ClassVar[str] = "vision_language"
     monitor: ClassVar[str] = "val/exact"
-    merged: ClassVar[str] = "merged"
+    commands: ClassVar[dict[str, str]] = {
+        "chat": "litflora chat {adapter} IMAGE",
+        "merge": "litflora merge {adapter} --out merged",
+    }
     drawing: ClassVar[type[Drawing]] = ConversationDrawing
     encoder: Any
 
@@ -65,6 +69,8 @@ class AnswersModule(TuningModule):
             options: Arguments of `TuningModule`.
         """
         super().__init__(**options)
+        if find_spec("transformers") is None:
+            raise ImportError("language models are transformers': pip install 'litflora[vlm]'")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():

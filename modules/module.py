@@ -79,7 +79,7 @@ class TuningModule(LightningModule):
         task: Name of the task.
         monitor: The metric that says how good the model is.
         drawing: How the task draws its samples, and what the model makes of them.
-        merged: Name of what `litflora merge` writes, as it is told to people.
+        commands: What can be done with an adapter besides test and predict, to be told.
         base_names: The arguments that say which base it is.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
@@ -89,7 +89,9 @@ class TuningModule(LightningModule):
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
     drawing: ClassVar[type[Drawing]]
-    merged: ClassVar[str] = "merged.safetensors"
+    commands: ClassVar[dict[str, str]] = {
+        "merge": "litflora merge {adapter} --out merged.safetensors"
+    }
     base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
     net: nn.Module | None
     tuned: Summary | None = None

@@ -10,6 +10,7 @@ from PIL import Image
 from shell import SMALL, files_below, litflora, litflora_process
 
 from litflora import VisionLanguageModule, from_adapter
+from litflora.callbacks.adapter_folder import _message
 from litflora.datamodules import ShapesQuestionsDataModule
 from litflora.datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
 from litflora.datamodules.vision_language import read_image
@@ -60,8 +61,9 @@ def test_a_fit_draws_its_answers_and_says_what_to_do_with_the_adapter(made):
     assert first.size == last.size
     assert first.tobytes() != last.tobytes()  # it has learnt to say something
     said = (made / "fit.txt").read_text()
-    assert f"litflora merge {made / RECIPE}" in said
-    assert "--out merged\n" in said
+    adapter = made / RECIPE / "version_0" / "adapter"
+    assert f"chat     litflora chat {adapter} IMAGE\n" in said
+    assert f"merge    litflora merge {adapter} --out merged\n" in said
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -245,3 +247,14 @@ def test_training_conversations_are_drawn(tmp_path, monkeypatch):
     assert told.code == 0, told.err
     assert "320 train, 8 val conversations" in told.out
     assert Image.open("samples.png").size > (1000, 500)
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setattr("litflora.answers.find_spec", lambda name: None)
+    assert "pip install 'litflora[vlm]'" in mistake("inspect", RECIPE)
+
+
+def test_a_folder_of_images_needs_a_question(made):
+    arguments = {"predict_root": None, "question": None}
+    told = _message(made / "merged", "last", ("a", None, None), {"init_args": arguments}, {})
+    assert told.endswith(" --data.init_args.predict_root FOLDER --data.init_args.question TEXT")

@@ -147,7 +147,8 @@ class AnswersModule(TuningModule):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes, images normalised."""
-        kept = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        names = ("input_ids", "attention_mask", "position_ids")
+        kept = {key: batch[key] for key in names if key in batch}
         return {**kept, "images": self.normalize(batch["images"])}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

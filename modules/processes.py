@@ -47,7 +47,8 @@ def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:
     """
     parts = gather_all_tensors(values, group)
     places = torch.arange(sum(map(len, parts))).split([len(part) for part in parts])
-    order = torch.stack(list(interleaved(places)))
+    # Of no values at all there is no stack, and the order of none.
+    order = torch.tensor(list(interleaved(part.tolist() for part in places)), dtype=torch.int64)
     return [torch.cat(parts)[order.to(values.device)]]
 
 

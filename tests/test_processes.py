@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 from tiny import NAMES, colours, module, save_base, trainer
 from torch import nn
 
-from litflora import ClassificationModule, DetectionModule, SegmentationModule
+from litflora import ClassificationModule, DetectionModule, SegmentationModule, processes
 from litflora.adapters import BitFit, FLoRA, LoRA, NormTuning, Tuning, save
 from litflora.average_precision import AveragePrecision
 from litflora.callbacks import EMA, AdapterFolder, ConfusionMatrix
@@ -225,6 +225,13 @@ def test_a_split_that_does_not_reach_all_processes_is_refused():
 def test_samples_are_put_in_one_order(lengths):
     parts = [range(rank, sum(lengths), len(lengths)) for rank in range(len(lengths))]
     assert list(interleaved(parts)) == list(range(sum(lengths)))
+
+
+def test_values_that_no_process_has_are_none(monkeypatch):
+    """A data set without closed questions has no share of those that are answered right."""
+    monkeypatch.setattr(processes, "gather_all_tensors", lambda values, group: [values, values])
+    (found,) = processes.gather_in_order(torch.zeros(0, dtype=torch.float64))
+    assert (found.shape, found.dtype) == ((0,), torch.float64)
 
 
 # Training ----------------------------------------------------------------------------------------

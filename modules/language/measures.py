@@ -13,11 +13,15 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ..processes import gather_in_order
 
+MARKS = " .,;:!?\"'"
+
 
 def normalized(answer: str) -> str:
     """An answer without what makes no difference: case, articles, punctuation at its ends."""
-    words = re.sub(r"\b(a|an|the)\b", " ", answer.lower()).split()
-    return " ".join(words).strip(" .,;:!?\"'")
+    said = answer.lower().strip(MARKS)
+    # Of the answer "A" nothing would be left.
+    words = re.sub(r"\b(a|an|the)\b", " ", said).split() or said.split()
+    return " ".join(words).strip(MARKS)
 
 
 def is_exact(answer: str, accepted: Sequence[str]) -> bool:

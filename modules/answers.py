@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from .adapters import PerModule, Tuning
+from .callbacks import AnswerWriter, Gallery
+from .datamodules.conversations import Conversation
+from .drawing import ConversationDrawing, Drawing
 from .language.composed import token_loss
 from .language.encoding import Batch
-from .language.measures import AnswerMean, TokenLoss, normalized, vqa_accuracy
+from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
 from .module import TuningModule
 
 
@@ -26,7 +31,8 @@ class AnswersModule(TuningModule):
     It logs ``train/loss`` and, for validation and test, ``loss`` per token that is to be learnt,
     ``exact``, the share of answers that are right to the letter (but for case, articles and marks
     at their ends), ``vqa``, VQA's accuracy, and ``exact_closed`` and ``exact_open``, the share
-    among questions with few possible answers and with many.
+    among questions with few possible answers and with many. Where answers are sentences, as
+    captions are, it logs ``bleu``, BLEU-4. What there is no answer for is not logged.
 
     Attributes:
         encoder: Writes conversations in tokens.
@@ -34,6 +40,11 @@ class AnswersModule(TuningModule):
 
     task: ClassVar[str] = "vision_language"
     monitor: ClassVar[str] = "val/exact"
+    commands: ClassVar[dict[str, str]] = {
+        "chat": "litflora chat {adapter} IMAGE",
+        "merge": "litflora merge {adapter} --out merged",
+    }
+    drawing: ClassVar[type[Drawing]] = ConversationDrawing
     encoder: Any
 
     def __init__(
@@ -58,6 +69,8 @@ class AnswersModule(TuningModule):
             options: Arguments of `TuningModule`.
         """
         super().__init__(**options)
+        if find_spec("transformers") is None:
+            raise ImportError("language models are transformers': pip install 'litflora[vlm]'")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():
@@ -69,6 +82,10 @@ class AnswersModule(TuningModule):
         self.language_tuning = language_tuning
         self.part_lrs = {"tower": tower_lr, "language_model": language_lr}
         self.val_metrics, self.test_metrics = _metrics(), _metrics()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The gallery of a fit, and the answers of a prediction."""
+        return [Gallery(), AnswerWriter()]
 
     def part_tunings(self) -> dict[str, Tuning]:
         """The tuning of each part; without one of its own the connector trains whole, as a head."""
@@ -119,6 +136,15 @@ class AnswersModule(TuningModule):
         texts = self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def reply(self, conversation: Conversation) -> str:
+        """The answer to one conversation that ends with a question; call ``eval()`` before.
+
+        Raises:
+            ValueError: It is too long.
+        """
+        prompt = self.encoder.predict_batch([conversation])
+        return self.answer(move_data_to_device(prompt, self.device))[0]
+
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes, images normalised."""
         names = ("input_ids", "attention_mask", "position_ids")
@@ -144,41 +170,53 @@ class AnswersModule(TuningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the validation metrics; returns the ``answers``."""
-        return self._evaluate(batch, "val", self.val_metrics)
+        return self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self._log_metrics("val", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the test metrics; returns the ``answers``."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics."""
+        self._log_metrics("test", self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Returns ``ids``, ``questions`` and ``answers``."""
-        kept = {key: batch[key] for key in ("ids", "questions")}
+        """Returns ``ids``, ``questions``, ``files`` of the images, and ``answers``."""
+        kept = {key: batch[key] for key in ("ids", "questions", "files")}
         return {**kept, "answers": self.answer(batch)}
 
-    def _evaluate(self, batch: Batch, stage: str, metrics: nn.ModuleDict) -> dict[str, Any]:
+    def _evaluate(self, batch: Batch, metrics: nn.ModuleDict) -> dict[str, Any]:
         assert self.net is not None
         labels = batch["labels"]
         found = self.net(**self.inputs(batch), **self._generation(batch["prompt"]))
         losses = token_loss(found.logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
         answers = self._told(found.tokens)
-        judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
-        for said, accepted, closed in judged:
-            exact = float(normalized(said) in map(normalized, accepted))
-            values = {
-                "exact": exact,
-                "vqa": vqa_accuracy(said, accepted),
-                "exact_closed": exact if closed is True else math.nan,
-                "exact_open": exact if closed is False else math.nan,
-            }
-            for name, value in values.items():
-                metrics[name].update([value])
-        for name, metric in metrics.items():
-            shown = name == "exact"
-            self.log(f"{stage}/{name}", metric, prog_bar=shown, batch_size=len(answers))
+        rows = list(zip(answers, batch["accepted"], batch["closed"], strict=True))
+        exact = [is_exact(said, accepted) for said, accepted, _ in rows]
+        closed = list(zip(exact, batch["closed"], strict=True))
+        # Of each batch, if there is nothing in it, too: processes wait for each other's values.
+        metrics["exact"].update(exact)
+        metrics["vqa"].update([vqa_accuracy(said, accepted) for said, accepted, _ in rows])
+        metrics["exact_closed"].update([right for right, few in closed if few])
+        metrics["exact_open"].update([right for right, few in closed if few is False])
+        sentences = [row[:2] for row in rows if are_sentences(*row[1:])]
+        metrics["bleu"].update([said for said, _ in sentences], [true for _, true in sentences])
         return {**batch["prompt"], "answers": answers, "accepted": batch["accepted"]}
+
+    def _log_metrics(self, stage: str, metrics: nn.ModuleDict) -> None:
+        for name, metric in metrics.items():
+            value = metric.compute()
+            metric.reset()
+            if not value.isnan():
+                self.log(f"{stage}/{name}", value, prog_bar=name == "exact")
 
 
 def _metrics() -> nn.ModuleDict:
-    names = ("exact", "vqa", "exact_closed", "exact_open")
-    return nn.ModuleDict({"loss": TokenLoss(), **{name: AnswerMean() for name in names}})
+    means = ("exact", "vqa", "exact_closed", "exact_open")
+    found = {"loss": TokenLoss(), "bleu": Bleu(), **{name: AnswerMean() for name in means}}
+    return nn.ModuleDict(found)

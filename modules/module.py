@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -77,6 +79,7 @@ class TuningModule(LightningModule):
         task: Name of the task.
         monitor: The metric that says how good the model is.
         drawing: How the task draws its samples, and what the model makes of them.
+        commands: What can be done with an adapter besides test and predict, to be told.
         base_names: The arguments that say which base it is.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
@@ -86,6 +89,9 @@ class TuningModule(LightningModule):
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
     drawing: ClassVar[type[Drawing]]
+    commands: ClassVar[dict[str, str]] = {
+        "merge": "litflora merge {adapter} --out merged.safetensors"
+    }
     base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
     net: nn.Module | None
     tuned: Summary | None = None
@@ -157,6 +163,25 @@ class TuningModule(LightningModule):
     def plain_code(self) -> tuple[str, str]:
         """The imports and the expression that make the network which a merged file fits."""
         raise NotImplementedError
+
+    def write_merged(self, path: Path) -> None:
+        """Writes the network, adapters merged into it, as one safetensors file."""
+        state = {key: value.contiguous() for key, value in self.net.state_dict().items()}
+        told = {
+            "code": self.plain_code()[1],
+            "class_names": json.dumps(getattr(self, "class_names", [])),
+            "mean": json.dumps(self.mean.flatten().tolist()),
+            "std": json.dumps(self.std.flatten().tolist()),
+        }
+        path.write_bytes(save_tensors(state, metadata={"format": "pt", **told}))
+
+    def loading_code(self, path: Path) -> str:
+        """Lines of Python that load what `write_merged` has written."""
+        imports, made = self.plain_code()
+        return (
+            f"import safetensors.torch, {imports}\n"
+            f"{made}.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
+        )
 
     def configure_model(self) -> None:
         """Builds the network and puts the tuning or the saved adapter into it, once."""

@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import Full, Tuning
 from .answers import AnswersModule
 from .backbones.create import build, check_name
+from .datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
 from .language.composed import VisionLanguageNet, channels_of
 from .language.connectors import Connector
-from .language.encoding import Encoder
+from .language.encoding import Encoder, image_token_of
 from .language.language_models import TINY, language_model, tokenizer_of
+from .language.merged import MergedFolder
 from .optim import OneCycle
 from .precision import BaseDtype
 
 LENGTH = 2048  # LLaVA's
+# What a step is measured on where there are no data.
+QUESTION, ANSWER = "What is in the image?", "One thing, and another beside it."
 
 
 class VisionLanguageModule(AnswersModule):
@@ -62,7 +67,8 @@ class VisionLanguageModule(AnswersModule):
                 ``tiny`` is a small one with random weights, and bytes for tokens.
             language_options: What differs in the configuration of ``tiny``.
             weights: Weights of the tower: ``pretrained``, a local file, ``embedded``
-                (convnext_shapes), or None.
+                (convnext_shapes), or None. A folder that `litflora merge` has written has tower,
+                connector and language model, which is then the folder's.
             connector: ``linear``, ``mlp`` or ``pixel_shuffle``.
             layer: The tower's block or stage whose features are taken, or several; -1 is the last.
             img_size: Side of the images in pixels; None is the tower's own.
@@ -108,7 +114,8 @@ class VisionLanguageModule(AnswersModule):
         )
         check_name(tower)
         kept = language_tuning or self.tuning
-        if language_model == TINY and adapter is None and not isinstance(kept, Full):
+        random = language_model == TINY and self._folder is None
+        if random and adapter is None and not isinstance(kept, Full):
             raise ValueError(
                 f"language model tiny is random, and {type(kept).__name__} keeps its base: give "
                 "language_tuning litflora.adapters.Full, or the folder of a language model"
@@ -132,7 +139,7 @@ class VisionLanguageModule(AnswersModule):
         found = sketch.features(torch.zeros(1, 3, height, width, device="meta"))
         tokens = sketch.connector.tokens(*found.shape[-2:])
         length = self._length(sketch.language_model)
-        return Encoder(tokenizer_of(self.language_model), tokens, length, (height, width))
+        return Encoder(self._tokenizer(), tokens, length, (height, width))
 
     def _length(self, model: nn.Module) -> int:
         """The length that conversations are cut off at."""
@@ -140,25 +147,61 @@ class VisionLanguageModule(AnswersModule):
         if self.max_length is not None and most is not None and self.max_length > most:
             raise ValueError(
                 f"max_length {self.max_length:,} is more than the {most:,} positions of language "
-                f"model {self.language_model}: give {most:,} or less"
+                f"model {self._language_model}: give {most:,} or less"
             )
         return self.max_length or min(most or LENGTH, LENGTH)
 
     def build(self) -> nn.Module:
         """Makes tower, connector and language model."""
-        return self._assemble(self.weights)
+        if self._folder is None:
+            return self._assemble(self.weights)
+        net = self._assemble(None)
+        self._folder.load(net)
+        return net
 
     def _assemble(self, weights: str | None, sketched: bool = False) -> VisionLanguageNet:
         """Puts the parts together; a sketch is without numbers."""
         with torch.device("meta" if sketched else "cpu"):
             tower = build(self.tower, weights, 0, self.img_size)
-        told = language_model(self.language_model, self.language_options, sketched)
+        told = language_model(self._language_model, self.language_options, sketched)
         channels = channels_of(tower, self.layer)
         width = told.get_input_embeddings().embedding_dim
         with torch.device("meta" if sketched else "cpu"):
             connector = Connector(self.connector, channels, width)
-        image_token = tokenizer_of(self.language_model).convert_tokens_to_ids("<image>")
+        image_token = image_token_of(self._tokenizer())
         return VisionLanguageNet(tower, connector, told, image_token, self.layer)
+
+    @property
+    def _folder(self) -> MergedFolder | None:
+        """Where all weights are, if they are in one folder."""
+        return MergedFolder.of(self.weights)
+
+    @property
+    def _language_model(self) -> str:
+        return self.language_model if self._folder is None else self._folder.language_model
+
+    def _tokenizer(self) -> Any:
+        return tokenizer_of(self._language_model)
+
+    def write_merged(self, path: Path) -> None:
+        """Writes a folder that ``weights`` takes."""
+        MergedFolder(path).write(self.net, self._tokenizer())
+
+    def loading_code(self, path: Path) -> str:
+        """The whole network is litflora's own; its language model is of transformers."""
+        names = ("connector", "layer", "img_size")
+        options = {"weights": str(path), **{name: getattr(self, name) for name in names}}
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        return f"import litflora\nlitflora.VisionLanguageModule({self.tower!r}, {told}).build()"
+
+    def example(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As many conversations as there are images, each of one image and a short question."""
+        height, width = self.encoder.image_size
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        turns = (Turn(USER, f"{IMAGE}\n{QUESTION}"), Turn(ASSISTANT, ANSWER))
+        one = Conversation("example", turns, (image,))
+        batch = move_data_to_device(self.encoder.train_batch([one] * len(images)), images.device)
+        return batch["input_ids"], batch["attention_mask"], self.normalize(batch["images"])
 
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:
         """Adds the size of the images."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.text import SacreBLEUScore
 from torchmetrics.utilities import dim_zero_cat
 
 from ..processes import gather_in_order
@@ -21,6 +22,11 @@ def normalized(answer: str) -> str:
     # Of the answer "A" nothing would be left.
     words = re.sub(r"\b(a|an|the)\b", " ", said).split() or said.split()
     return " ".join(words).strip(MARKS)
+
+
+def is_exact(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether an answer is one of those that count as right, but for what `normalized` drops."""
+    return normalized(answer) in map(normalized, accepted)
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -87,3 +93,27 @@ class TokenLoss(Metric):
     def compute(self) -> Tensor:
         """The mean over all tokens."""
         return (dim_zero_cat(self.sums).sum() / dim_zero_cat(self.counts).sum()).float()
+
+
+class Bleu(SacreBLEUScore):
+    """BLEU-4 of lower-case text, tokenised as sacreBLEU's 13a does, the same however it is spread.
+
+    Nan while there is no answer.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(lowercase=True)
+
+    def compute(self) -> Tensor:
+        """The score of the whole set, 0 to 1."""
+        return super().compute() if self.target_len else self.target_len.new_full((), torch.nan)
+
+
+def are_sentences(accepted: Sequence[str], closed: bool | None) -> bool:
+    """Whether answers are to be measured by BLEU, which counts runs of four words.
+
+    Data sets of questions say of each whether it is closed; captions and conversations do not.
+    """
+    return closed is None and min(len(answer.split()) for answer in accepted) >= 4

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .adapters import Probe as Probe
     from .classification import ClassificationModule as ClassificationModule
     from .detection import DetectionModule as DetectionModule
+    from .pretrained_vision_language import (
+        PretrainedVisionLanguageModule as PretrainedVisionLanguageModule,
+    )
     from .module import TuningModule as TuningModule
     from .module import from_adapter as from_adapter
     from .segmentation import SegmentationModule as SegmentationModule
@@ -35,6 +38,7 @@ _PACKAGES = ("adapters", "backbones", "callbacks", "datamodules")
 _HOMES = {
     "ClassificationModule": "classification",
     "DetectionModule": "detection",
+    "PretrainedVisionLanguageModule": "pretrained_vision_language",
     "SegmentationModule": "segmentation",
     "TuningModule": "module",
     "VisionLanguageModule": "vision_language",

@@ -75,6 +75,7 @@ class TuningModule(LightningModule):
     Attributes:
         task: Name of the task.
         monitor: The metric that says how good the model is.
+        base_argument: The argument that says where the base comes from.
         drawing: How the task draws its samples, and what the model makes of them.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
@@ -83,6 +84,7 @@ class TuningModule(LightningModule):
 
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
+    base_argument: ClassVar[str] = "weights"
     drawing: ClassVar[type[Drawing]]
     net: nn.Module | None
     tuned: Summary | None = None
@@ -141,7 +143,8 @@ class TuningModule(LightningModule):
         self.net = None
         self._seed: int | None = None
         self.strict_loading = False  # checkpoints are partial; load_state_dict does the checking
-        self.save_hyperparameters()
+        own = self.base_argument == "weights"
+        self.save_hyperparameters(ignore=[] if own else ["weights"])
         if "_instantiator" not in self.hparams:  # made in Python, not by the command line
             self.save_hyperparameters(plain_hyperparameters(self), ignore=_FACTORIES)
 
@@ -361,7 +364,7 @@ class TuningModule(LightningModule):
 
     def description(self) -> dict[str, Any]:
         """Class path and plain arguments that make this module again, paths made absolute."""
-        described = describe(self, () if self.weights in _TAGS else ("weights",))
+        described = describe(self, () if self.weights in _TAGS else (self.base_argument,))
         for argument in ("adapter", *_OF_TRAINING):  # a saved adapter stands for itself
             described["init_args"].pop(argument)
         return described
@@ -388,7 +391,7 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     Args:
         folder: The adapter's folder, as written at the end of a fit.
         overrides: Arguments of the module that differ from the saved ones, such as ``weights``
-            when the base has moved.
+            when the base has moved: it stands for the base, whatever the module calls it.
     """
     saved = read_config(folder).get("metadata", {}).get("model")
     if saved is None:
@@ -399,6 +402,8 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     cls = getattr(importlib.import_module(module), name)
     if not (isinstance(cls, type) and issubclass(cls, TuningModule)):  # a stranger's file named it
         raise ValueError(f"adapter {folder} belongs to {saved['class_path']}, no litflora module")
+    if "weights" in overrides:
+        overrides[cls.base_argument] = overrides.pop("weights")
     return instantiate_module(cls, {**saved["init_args"], "adapter": str(folder), **overrides})
 
 

@@ -1,0 +1,235 @@
+"""Checkpoints of transformers that take images and text: the network, its parts, its processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Tuning
+from ..adapters.selective import Selective
+from ..adapters.targets import KEYWORDS, Candidate, candidates, is_inside, matches
+from ..adapters.tuning import DeltaTuning
+from .composed import LAYER, Output, language_blocks, token_loss
+
+
+class PretrainedNet(nn.Module):
+    """A model of transformers that takes images and text, as litflora's modules ask for it.
+
+    Its own names stand behind ``model.``: an adapter of ``net.model`` alone is one of the plain
+    model, with names that PEFT knows.
+
+    Attributes:
+        model: The model.
+        takes: Names of its inputs, but for labels.
+    """
+
+    # The processor has normalised the images.
+    pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+    def __init__(self, model: nn.Module) -> None:
+        """Takes over a model.
+
+        Raises:
+            ValueError: It has no vision tower, connector or language model, or no blocks.
+        """
+        super().__init__()
+        self.model = model
+        self.takes = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
+        self.parts()
+        self.group_matcher()
+
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the modules of each part, of the one with the blocks first.
+
+        A connector inside the tower, as Qwen-VL's merger, is no part of it: the tower is then the
+        other modules that it is made of. The output layer is of the language model.
+        """
+        model = self.model
+        tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+        if model in (tower, decoder) or model.base_model in (tower, decoder):
+            raise ValueError(
+                f"{type(model).__name__} has no vision tower or no language model by a name that "
+                "transformers knows"
+            )
+        names = {module: name for name, module in self.named_modules()}
+        parent = self.get_submodule(names[tower].rpartition(".")[0])
+        outside = [m for m in parent.children() if m not in (tower, decoder) and _weighs(m)]
+        inside = [] if outside else _mergers(tower, decoder.get_input_embeddings().embedding_dim)
+        if not outside and not inside:
+            raise ValueError(f"{type(model).__name__} has no connector beside or in its tower")
+        rest = [m for m in tower.children() if m not in inside and _weighs(m)]
+        head = model.get_output_embeddings()
+        heads = [] if head is None or is_inside(names[head], [names[decoder]]) else [head]
+        found = {
+            "tower": rest if inside else [tower],
+            "connector": outside or inside,
+            "language_model": [decoder, *heads],
+        }
+        return {part: self._blocks_first(names[m] for m in own) for part, own in found.items()}
+
+    def _blocks_first(self, names: Iterator[str]) -> list[str]:
+        return sorted(names, key=lambda name: not self.has_blocks(name))
+
+    def has_blocks(self, name: str) -> bool:
+        """Whether a module has blocks in it."""
+        return any(is_inside(own, [name]) for own in self._lists())
+
+    def _lists(self) -> list[str]:
+        return [f"model.{name}".replace("\\.", ".") for name in language_blocks(self.model)]
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The connector: what timm's models have their head for."""
+        return tuple(map(self.get_submodule, self.parts()["connector"]))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of the blocks of tower and language model; all other names count as the head."""
+        patterns = [f"^{name}".replace(".", r"\.") for name in self._lists()]
+        return {"blocks": [(pattern + ("" if coarse else LAYER), None) for pattern in patterns]}
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> Output:
+        """The logits of every next token, and the loss if there are labels.
+
+        Args:
+            labels: ``[batch, length]``, -100 where nothing is to be learnt.
+            inputs: What the model takes, as its processor makes it.
+        """
+        logits = self.model(**inputs, use_cache=False).logits
+        return Output(None if labels is None else token_loss(logits, labels), logits)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """New tokens ``[batch, length]``.
+
+        Args:
+            input_ids: Padded on the left, ``[batch, length]``.
+            options: What else the model takes, and options of transformers' ``generate``.
+        """
+        tokens = self.model.generate(input_ids=input_ids, **options)
+        return tokens[:, input_ids.shape[1] :]
+
+
+def part_tunings(net: PretrainedNet, names: Sequence[str], tuning: Tuning) -> dict[str, Tuning]:
+    """The tuning of each module of a part; of modules without blocks only where it means them.
+
+    Deltas go to a stem or to an output layer where a pattern names it. Full trains all of a part;
+    other choices of parameters train what they find.
+
+    Args:
+        net: The network.
+        names: Modules of the part, that with blocks first.
+        tuning: The tuning of the part.
+    """
+    if isinstance(tuning, Selective):
+        own = [name for name in names if _trains_in(net.get_submodule(name), tuning)]
+        return dict.fromkeys(own or names[:1], tuning)
+    if not isinstance(tuning, DeltaTuning) or len(names) == 1:
+        return dict.fromkeys(names, tuning)
+    everything = candidates(net)
+    pools = [[c for c in everything if is_inside(c.layer, [name])] for name in names]
+    whole = _within(tuning, pools[0], pools[1:])
+    others = [_within(tuning, pool) for pool in pools[1:]]
+    return {
+        name: own for name, own in zip(names, [whole, *others], strict=True) if own.targets != []
+    }
+
+
+def _within(
+    tuning: DeltaTuning, pool: Sequence[Candidate], others: Sequence[Sequence[Candidate]] = ()
+) -> DeltaTuning:
+    """The tuning with what it means for one module of several.
+
+    Args:
+        tuning: The tuning.
+        pool: The weights of the module.
+        others: Those of the others, if this one has the blocks: what means none of them is for it.
+    """
+
+    def kept(pattern: Any) -> bool:
+        elsewhere = any(_names(pattern, other) for other in others)
+        return _names(pattern, pool) or bool(others) and (_has(pattern, pool) or not elsewhere)
+
+    settings: dict[str, Any] = {"exclude": list(filter(kept, _listed(tuning.exclude)))}
+    for key, patterns in tuning.patterns().items():
+        settings[key] = {pattern: value for pattern, value in patterns.items() if kept(pattern)}
+    if tuning.targets is not None or not others:
+        settings["targets"] = list(filter(kept, _listed(tuning.targets)))
+    return dataclasses.replace(tuning, **settings)
+
+
+def _has(pattern: Any, pool: Sequence[Candidate]) -> bool:
+    return any(matches(pattern, candidate) for candidate in pool)
+
+
+def _names(pattern: Any, pool: Sequence[Candidate]) -> bool:
+    """Whether a pattern names any of the weights; keywords and classes name no module."""
+    return isinstance(pattern, str) and pattern not in KEYWORDS and _has(pattern, pool)
+
+
+def _trains_in(module: nn.Module, tuning: Selective) -> bool:
+    return any(True for _ in tuning.select(module))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _weighs(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _mergers(tower: nn.Module, width: int) -> list[nn.Module]:
+    """What follows a tower's blocks, and gives features of a language model's width."""
+    children = list(tower.children())
+    blocks = [i for i, child in enumerate(children) if isinstance(child, nn.ModuleList)]
+    after = children[blocks[0] + 1 :] if blocks else []
+    linear = {m: [each for each in m.modules() if isinstance(each, nn.Linear)] for m in after}
+    return [m for m, found in linear.items() if found and found[-1].out_features == width]
+
+
+def pretrained_model(name: str) -> nn.Module:
+    """A model that takes images and text, in float32, each weight read into place.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        ValueError: There is none of the name, or its weights are not whole.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    model, told = _read(
+        AutoModelForImageTextToText, name, dtype=torch.float32, output_loading_info=True
+    )
+    if told["missing_keys"]:
+        lost = sorted(told["missing_keys"])
+        raise ValueError(f"the weights of {name} lack {lost[0]} ({len(lost)} in all)")
+    return model.eval()
+
+
+@cache
+def processor_of(name: str) -> Any:
+    """The processor of a checkpoint: a folder, or a name on the hub."""
+    from transformers import AutoProcessor
+
+    return _read(AutoProcessor, name)
+
+
+def positions_of(name: str) -> int:
+    """How many tokens the language model of a checkpoint was made for."""
+    from transformers import AutoConfig
+
+    return int(_read(AutoConfig, name).get_text_config().max_position_embeddings)
+
+
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{kind.__name__} cannot read {name}: {reason}") from error

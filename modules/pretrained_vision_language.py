@@ -1,0 +1,107 @@
+"""PretrainedVisionLanguageModule: a checkpoint of transformers that answers about images."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import AdapterError, PerModule, Tuning, read_config
+from .answers import AnswersModule
+from .language.encoding import Batch
+from .language.merged import save_like
+from .language.pretrained import (
+    PretrainedNet,
+    part_tunings,
+    positions_of,
+    pretrained_model,
+    processor_of,
+)
+from .language.processing import ProcessorEncoder
+
+
+class PretrainedVisionLanguageModule(AnswersModule):
+    """Tunes a checkpoint of transformers: LLaVA-1.5, LLaVA-NeXT, Qwen-VL, InternVL and others.
+
+    Its processor makes the batches. An adapter of the language model alone, by LoRA, can be given
+    to PEFT: ``save(module.net.model, FOLDER, format="peft")`` has the names of the checkpoint.
+    """
+
+    base_argument: ClassVar[str] = "model"
+    net: PretrainedNet | None
+
+    def __init__(self, model: str, max_length: int = 2048, **options: Any) -> None:
+        """Keeps the settings; the Trainer calls ``configure_model`` to read the checkpoint.
+
+        Args:
+            model: An image-text-to-text checkpoint of transformers: a folder, or a name on the hub.
+            max_length: Tokens that a conversation is cut off at, those of images among them.
+            options: Arguments of `AnswersModule`.
+        """
+        super().__init__(weights=model, **options)
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        self.model = model
+        self.max_length = max_length
+
+    @cached_property
+    def encoder(self) -> ProcessorEncoder:
+        """What makes batches by the checkpoint's processor."""
+        limit = positions_of(self.model)
+        if self.max_length > limit:
+            raise ValueError(
+                f"max_length {self.max_length:,} is more than the {limit:,} positions of the "
+                f"language model of {self.model}"
+            )
+        return ProcessorEncoder(processor_of(self.model), self.max_length)
+
+    def build(self) -> nn.Module:
+        """Reads the checkpoint."""
+        return PretrainedNet(pretrained_model(self.model))
+
+    def tuning_of(self, net: nn.Module) -> Tuning:
+        """One tuning of all parts."""
+        tunings = self.part_tunings()
+        found: dict[str, Tuning] = {}
+        for part, names in net.parts().items():
+            found |= part_tunings(net, names, tunings[part])
+        return PerModule(found)
+
+    def _tune(self, net: nn.Module, device: torch.device | None) -> None:
+        try:
+            super()._tune(net, device)
+        except AdapterError as error:
+            own = self._made_for()
+            if own in (None, self.model):
+                raise
+            raise ValueError(
+                f"adapter {self.adapter} was trained on {own}, and model is {self.model}: {error}"
+            ) from error
+
+    def _made_for(self) -> str | None:
+        """The base that the adapter to start from says it has."""
+        if self.adapter is None:
+            return None
+        saved = read_config(self.adapter).get("metadata", {}).get("model", {})
+        return saved.get("init_args", {}).get(self.base_argument)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the network takes."""
+        assert self.net is not None
+        return {key: value for key, value in batch.items() if key in self.net.takes}
+
+    def save_merged(self, folder: Path) -> str:
+        """Writes the merged network as its checkpoint is laid out; says how to load it.
+
+        Call it when the deltas are merged and gone.
+
+        Raises:
+            ValueError: The checkpoint is not kept in safetensors files.
+        """
+        assert self.net is not None
+        told = save_like(self.net.model, self.model, folder)
+        kind = type(self.net.model).__name__
+        return f"{told}; loads so:\n    transformers.{kind}.from_pretrained({str(folder)!r})"

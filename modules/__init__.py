@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from .adapters import Probe as Probe
     from .classification import ClassificationModule as ClassificationModule
     from .detection import DetectionModule as DetectionModule
+    from .module import TuningModule as TuningModule
+    from .module import from_adapter as from_adapter
     from .pretrained_vision_language import (
         PretrainedVisionLanguageModule as PretrainedVisionLanguageModule,
     )
-    from .module import TuningModule as TuningModule
-    from .module import from_adapter as from_adapter
     from .segmentation import SegmentationModule as SegmentationModule
     from .vision_language import VisionLanguageModule as VisionLanguageModule
 

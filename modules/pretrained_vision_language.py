@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from .adapters import AdapterError, PerModule, Tuning, read_config
@@ -21,6 +22,8 @@ from .language.pretrained import (
     processor_of,
 )
 from .language.processing import ProcessorEncoder
+from .optim import OneCycle
+from .precision import BaseDtype
 
 
 class PretrainedVisionLanguageModule(AnswersModule):
@@ -33,15 +36,69 @@ class PretrainedVisionLanguageModule(AnswersModule):
     base_argument: ClassVar[str] = "model"
     net: PretrainedNet | None
 
-    def __init__(self, model: str, max_length: int = 2048, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        max_length: int = 2048,
+        max_new_tokens: int = 32,
+        tuning: Tuning | None = None,
+        tower_tuning: Tuning | None = None,
+        connector_tuning: Tuning | None = None,
+        language_tuning: Tuning | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = OneCycle,
+        lr: float | None = None,
+        tower_lr: float | None = None,
+        language_lr: float | None = None,
+        head_lr: float | None = None,
+        layer_decay: float | None = None,
+        activation_checkpointing: str = "none",
+        base_dtype: BaseDtype | None = None,
+    ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to read the checkpoint.
 
         Args:
             model: An image-text-to-text checkpoint of transformers: a folder, or a name on the hub.
-            max_length: Tokens that a conversation is cut off at, those of images among them.
-            options: Arguments of `AnswersModule`.
+            max_length: Tokens that a conversation is cut off at.
+            max_new_tokens: Tokens that an answer ends at.
+            tuning: What is trained of tower and language model; None is ``FLoRA()``.
+            tower_tuning: What is trained of the tower, in place of ``tuning``.
+            connector_tuning: What is trained of the connector; None trains it whole.
+            language_tuning: What is trained of the language model, in place of ``tuning``.
+            adapter: Folder of a saved adapter to start from, in place of all tunings.
+            optimizer: Makes the optimizer from parameter groups; None is AdamW at the
+                tunings' own rates, see `litflora.optim.LEARNING_RATES`.
+            lr_scheduler: Makes the schedule from the optimizer; None keeps the rate constant.
+            lr: Learning rate in place of the optimizer's own.
+            tower_lr: Learning rate of the tower, in place of that.
+            language_lr: Learning rate of the language model, in place of that.
+            head_lr: Learning rate of the connector, in place of that.
+            layer_decay: Ratio of the learning rates of neighbouring layers; None is 1.
+            activation_checkpointing: ``none``, ``blocks`` (each block of tower and language model
+                keeps its input alone, and runs again in backward) or ``every-k``: each k-th block.
+            base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
+                float32. Deltas, norms and the connector stay float32. It needs precision
+                bf16-mixed.
         """
-        super().__init__(weights=model, **options)
+        super().__init__(
+            weights=model,
+            tuning=tuning,
+            adapter=adapter,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr=lr,
+            head_lr=head_lr,
+            layer_decay=layer_decay,
+            activation_checkpointing=activation_checkpointing,
+            base_dtype=base_dtype,
+            max_new_tokens=max_new_tokens,
+            tower_tuning=tower_tuning,
+            connector_tuning=connector_tuning,
+            language_tuning=language_tuning,
+            tower_lr=tower_lr,
+            language_lr=language_lr,
+        )
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         self.model = model

@@ -101,9 +101,7 @@ def _processor(kind: str) -> Any:
     if kind == "qwen2_vl":
         images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=84 * 84)
         template = CHATML.format(image="<|vision_start|><|image_pad|><|vision_end|>")
-        return Qwen2VLProcessor(
-            images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template
-        )
+        return Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
     images = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=2)
     template = CHATML.format(image="<IMG_CONTEXT>")
     video = InternVLVideoProcessor()

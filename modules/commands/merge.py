@@ -1,4 +1,4 @@
-"""`litflora merge`: an adapter and its base as one, without a trace of adapters."""
+"""`litflora merge`: an adapter and its base as one file, without a trace of adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the adapter, the file to write and where the base may have moved."""
     parser.add_argument("adapter", type=Path, help="folder that a fit has saved")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file, or folder, to write")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--weights", help="base weights, if they are not where the fit found them")
     out.add_force(parser)
 
@@ -25,34 +25,23 @@ def run(args: argparse.Namespace) -> None:
     """Merges, writes the file and says how to load it."""
     out.check(args.out, args.force)
 
+    from safetensors.torch import save
+
     from ..adapters import adapter_names, merge
+    from ..adapters.replacing import replacing
     from ..module import from_adapter
 
     module = from_adapter(args.adapter, **({"weights": args.weights} if args.weights else {}))
     module.configure_model()
     # Full tuning and its like leave no delta: what they trained is in place already.
     report = merge(module.net, unload=True) if adapter_names(module.net) else "nothing to merge"
-    if hasattr(module, "save_merged"):  # of a checkpoint that is a folder
-        print(f"{report}\n{module.save_merged(args.out)}")
-    else:
-        print(f"{report}\n{_save(module, args.out)}")
-
-
-def _save(module: ClassesModule, path: Path) -> str:
-    """Writes one file; says how to load it."""
-    from safetensors.torch import save
-
-    from ..adapters.replacing import replacing
-
     state = {key: value.contiguous() for key, value in module.net.state_dict().items()}
-    with replacing(path) as temporary:
+    with replacing(args.out) as temporary:
         temporary.write_bytes(save(state, metadata=_header(module)))
     imports, made = module.plain_code()
-    return (
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, loads so:\n"
-        f"    import safetensors.torch, {imports}\n"
-        f"    {made}.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
-    )
+    print(f"{report}\n{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, loads so:")
+    print(f"    import safetensors.torch, {imports}")
+    print(f"    {made}.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
 
 
 def _header(module: ClassesModule) -> dict[str, str]:

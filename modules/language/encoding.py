@@ -35,37 +35,7 @@ class Encoded:
     images: int
 
 
-class BatchEncoder:
-    """Makes batches of conversations: what a datamodule asks of a model.
-
-    Attributes:
-        tokenizer: A tokenizer of transformers.
-    """
-
-    tokenizer: Any
-
-    def train_batch(self, conversations: Sequence[Conversation]) -> Batch:
-        """What a training step takes."""
-        raise NotImplementedError
-
-    def predict_batch(self, conversations: Sequence[Conversation]) -> Batch:
-        """What an answer needs: prompts padded on the left, their ``ids`` and ``questions``."""
-        raise NotImplementedError
-
-    def eval_batch(self, conversations: Sequence[Conversation]) -> Batch:
-        """What an evaluation takes: `train_batch`, `predict_batch` under ``prompt``, and the truth.
-
-        The truth is ``accepted``, the answers that count as right, and ``closed``.
-        """
-        return {
-            **self.train_batch(conversations),
-            "prompt": self.predict_batch([each.question() for each in conversations]),
-            "accepted": [each.accepted() for each in conversations],
-            "closed": [each.closed for each in conversations],
-        }
-
-
-class Encoder(BatchEncoder):
+class Encoder:
     """Writes conversations in tokens, with as many tokens for each image as it has features.
 
     Attributes:
@@ -169,6 +139,18 @@ class Encoder(BatchEncoder):
         kept = zip(conversations, encoded, strict=True)
         images = [image for each, found in kept for image in each.images[: found.images]]
         return {**self.batch(encoded), "images": self.images(images)}
+
+    def eval_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        """What an evaluation takes: `train_batch`, `predict_batch` under ``prompt``, and the truth.
+
+        The truth is ``accepted``, the answers that count as right, and ``closed``.
+        """
+        return {
+            **self.train_batch(conversations),
+            "prompt": self.predict_batch([each.question() for each in conversations]),
+            "accepted": [each.accepted() for each in conversations],
+            "closed": [each.closed for each in conversations],
+        }
 
     def predict_batch(self, conversations: Sequence[Conversation]) -> Batch:
         """What an answer needs: prompts padded on the left, their ``ids`` and ``questions``."""

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class PretrainedNet(nn.Module):
     """
 
     # The processor has normalised the images.
-    pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    pretrained_cfg: ClassVar[dict[str, Any]] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
     def __init__(self, model: nn.Module) -> None:
         """Takes over a model.
@@ -151,8 +151,9 @@ def _within(
     """
 
     def kept(pattern: Any) -> bool:
-        elsewhere = any(_names(pattern, other) for other in others)
-        return _names(pattern, pool) or bool(others) and (_has(pattern, pool) or not elsewhere)
+        if not others:
+            return _names(pattern, pool)
+        return _has(pattern, pool) or not any(_names(pattern, other) for other in others)
 
     settings: dict[str, Any] = {"exclude": list(filter(kept, _listed(tuning.exclude)))}
     for key, patterns in tuning.patterns().items():

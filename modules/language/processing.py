@@ -70,7 +70,8 @@ class ProcessorEncoder(BatchEncoder):
             cut = self._images(batch["input_ids"])[:, self.max_length :].any(1).tolist()
             if not any(cut):
                 break
-            kept = [_shortened(each) if over else each for each, over in zip(kept, cut)]
+            pairs = zip(kept, cut, strict=True)
+            kept = [_shortened(each) if over else each for each, over in pairs]
             self._refuse_empty(conversations, [each is not None for each in kept])
         batch = self._cut({**batch, "labels": labels})
         self._refuse_empty(conversations, (batch["labels"] != IGNORED).any(1).tolist())
@@ -84,7 +85,8 @@ class ProcessorEncoder(BatchEncoder):
         """
         texts = [self.written(each)[0] for each in conversations]
         batch = self._processed(conversations, texts, "left")
-        for each, length in zip(conversations, batch["attention_mask"].sum(1).tolist()):
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for each, length in zip(conversations, lengths, strict=True):
             if length > self.max_length:
                 raise ValueError(
                     f"the question of conversation {each.id} has {length:,} tokens: more than "

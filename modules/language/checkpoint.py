@@ -53,7 +53,7 @@ def save_like(model: nn.Module, name: str, out: Path) -> str:
 
 
 def _folder(name: str) -> Path:
-    """Where the files of a checkpoint lie; of one on the hub, those that were fetched to load it."""
+    """Where a checkpoint's files lie; of one on the hub, those that were fetched to load it."""
     from transformers.utils import cached_file
 
     return Path(cached_file(name, "config.json")).parent
@@ -103,7 +103,7 @@ def _write(path: Path, state: dict[str, Tensor], target: Path) -> dict[str, floa
     changed: dict[str, float] = {}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        for key in file.keys():  # noqa: SIM118: it is no mapping
+        for key in _keys(path):
             before = file.get_tensor(key)
             exact = state.get(key, before)  # buffers that this transformers no longer keeps
             tensors[key] = exact.detach().to("cpu", before.dtype).contiguous()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapters import Full, PerModule, Tuning
+from .adapters import PerModule, Tuning
 from .language.composed import token_loss
 from .language.encoding import Batch
 from .language.measures import AnswerMean, TokenLoss, normalized, vqa_accuracy
@@ -70,17 +70,26 @@ class AnswersModule(TuningModule):
         self.val_metrics, self.test_metrics = _metrics(), _metrics()
 
     def part_tunings(self) -> dict[str, Tuning]:
-        """The tuning of each part."""
-        return {
-            "tower": self.tower_tuning or self.tuning,
-            "connector": self.connector_tuning or Full(),
-            "language_model": self.language_tuning or self.tuning,
-        }
+        """The tuning of each part; without one of its own the connector trains whole, as a head."""
+        own = {} if self.connector_tuning is None else {"connector": self.connector_tuning}
+        tower, language = self.tower_tuning or self.tuning, self.language_tuning or self.tuning
+        return {"tower": tower, **own, "language_model": language}
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""
-        parts, tunings = net.parts(), self.part_tunings()
-        return PerModule({name: tunings[part] for part, names in parts.items() for name in names})
+        parts = net.parts()
+        tunings = self.part_tunings().items()
+        return PerModule({name: tuning for part, tuning in tunings for name in parts[part]})
+
+    def learning_rates(self) -> dict[str, float]:
+        """Those of tower and language model, where they were given."""
+        assert self.net is not None
+        return {
+            name: rate
+            for part, rate in self.part_lrs.items()
+            if rate is not None
+            for name in self.net.parts()[part]
+        }
 
     def forward(self, batch: Batch) -> Any:
         """Loss and logits of a batch as the encoder makes it."""
@@ -91,14 +100,23 @@ class AnswersModule(TuningModule):
     def answer(self, prompt: Batch) -> list[str]:
         """Answers to a batch of prompts as the encoder makes it."""
         assert self.net is not None, "call configure_model() first"
+        return self._told(self.net(**self._generation(prompt)).tokens)
+
+    def _generation(self, prompt: Batch) -> dict[str, Any]:
+        """What has the network go on with a prompt, always by the likeliest token."""
         tokenizer = self.encoder.tokenizer
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        special = {
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id,
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        return {
+            "prompt": self.inputs(prompt),
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": end,
+            "pad_token_id": end if pad is None else pad,
         }
-        tokens = self.net.generate(**self.inputs(prompt), **options, **special)
-        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _told(self, tokens: Tensor) -> list[str]:
+        texts = self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes, images normalised."""
@@ -125,17 +143,19 @@ class AnswersModule(TuningModule):
         return {**kept, "answers": self.answer(batch)}
 
     def _evaluate(self, batch: Batch, stage: str, metrics: nn.ModuleDict) -> dict[str, Any]:
-        logits, labels = self(batch).logits, batch["labels"]
-        losses = token_loss(logits, labels, reduction="none").view(len(labels), -1)
+        assert self.net is not None
+        labels = batch["labels"]
+        found = self.net(**self.inputs(batch), **self._generation(batch["prompt"]))
+        losses = token_loss(found.logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
-        answers = self.answer(batch["prompt"])
+        answers = self._told(found.tokens)
         judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
         for said, accepted, closed in judged:
             exact = float(normalized(said) in map(normalized, accepted))
-            found = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
+            values = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
             if closed is not None:
-                found["exact_closed" if closed else "exact_open"] = exact
-            for name, value in found.items():
+                values["exact_closed" if closed else "exact_open"] = exact
+            for name, value in values.items():
                 metrics[name].update([value])
         for name, metric in metrics.items():
             shown = name == "exact"

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .adapters import (
+    AdapterError,
     FLoRA,
     Summary,
     Tuning,
@@ -32,7 +33,7 @@ from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
 from .backbones.blocks import check_checkpointing, checkpoint_activations
 from .backbones.deferred import Deferred, deferring, fill
-from .description import describe, plain_hyperparameters
+from .description import describe, foreign_arguments, plain_hyperparameters
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import (
@@ -77,6 +78,7 @@ class TuningModule(LightningModule):
         monitor: The metric that says how good the model is.
         base_argument: The argument that says where the base comes from.
         drawing: How the task draws its samples, and what the model makes of them.
+        base_names: The arguments that say which base it is.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
         lockstep: Keeps processes together that hold parts of the network; None if there are none.
@@ -86,6 +88,7 @@ class TuningModule(LightningModule):
     monitor: ClassVar[str] = "val/loss"
     base_argument: ClassVar[str] = "weights"
     drawing: ClassVar[type[Drawing]]
+    base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
     net: nn.Module | None
     tuned: Summary | None = None
     lockstep: Lockstep | None = None
@@ -147,6 +150,8 @@ class TuningModule(LightningModule):
         self.save_hyperparameters(ignore=[] if own else ["weights"])
         if "_instantiator" not in self.hparams:  # made in Python, not by the command line
             self.save_hyperparameters(plain_hyperparameters(self), ignore=_FACTORIES)
+        for name in foreign_arguments(self):  # of base classes, or of links that have no end here
+            del self.hparams[name]
 
     def build(self) -> nn.Module:
         """Makes the network with its base weights, before any tuning."""
@@ -193,9 +198,22 @@ class TuningModule(LightningModule):
             heads = _whole_heads(net, tuning.to_dict())
             inject(net, with_targets(net, tuning), train=heads, device=device)
             return
-        saved = load(net, self.adapter, device=device).get("tuning") or tuning.to_dict()
+        try:
+            saved = load(net, self.adapter, device=device).get("tuning") or tuning.to_dict()
+        except AdapterError as error:
+            raise AdapterError(f"{error}{self._other_base()}") from error
         for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
             net.get_submodule(head).requires_grad_(True)
+
+    def _other_base(self) -> str:
+        """What names the base of the saved adapter, where this one has another name."""
+        model = read_config(self.adapter).get("metadata", {}).get("model", {})
+        told = [
+            f"\n{name}: the adapter's is {model['init_args'][name]}, this one {value}"
+            for name, value in self.description()["init_args"].items()
+            if name in self.base_names and model.get("init_args", {}).get(name, value) != value
+        ]
+        return "".join(told)
 
     def _shard(self, net: nn.Module, weights: Deferred) -> None:
         """Shares the network out, and reads this process's part of its weights."""
@@ -231,6 +249,10 @@ class TuningModule(LightningModule):
     def tuning_of(self, net: nn.Module) -> Tuning:
         """What is trained of ``net``, besides the heads that a `PerModule` does not name."""
         return self.tuning
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of modules of ``net`` that have one of their own."""
+        return {}
 
     def normalize(self, images: Tensor) -> Tensor:
         """Brings uint8 images, or floats in [0, 1], to what the base was trained on."""
@@ -283,6 +305,7 @@ class TuningModule(LightningModule):
             None if self.optimizer_factory else factors,
             self.lr,
             self._matrices,
+            self.learning_rates(),
         )
         if self.scheduler_factory is None:
             return optimizer

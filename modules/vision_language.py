@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-from .adapters import Tuning
+from .adapters import Full, Tuning
 from .answers import AnswersModule
 from .backbones.create import build, check_name
-from .language.composed import VisionLanguageNet
+from .language.composed import VisionLanguageNet, channels_of
 from .language.connectors import Connector
 from .language.encoding import Encoder
-from .language.language_models import language_model, tokenizer_of
+from .language.language_models import TINY, language_model, tokenizer_of
 from .optim import OneCycle
 from .precision import BaseDtype
+
+LENGTH = 2048  # LLaVA's
 
 
 class VisionLanguageModule(AnswersModule):
     """Tunes a timm tower, a connector and a language model of transformers, put together here."""
+
+    base_names = ("tower", "weights", "language_model")
 
     def __init__(
         self,
@@ -30,9 +35,9 @@ class VisionLanguageModule(AnswersModule):
         language_options: dict[str, Any] | None = None,
         weights: str | None = "pretrained",
         connector: str = "mlp",
-        layer: int = -1,
+        layer: int | list[int] = -1,
         img_size: int | None = None,
-        max_length: int = 2048,
+        max_length: int | None = None,
         max_new_tokens: int = 32,
         tuning: Tuning | None = None,
         tower_tuning: Tuning | None = None,
@@ -59,9 +64,10 @@ class VisionLanguageModule(AnswersModule):
             weights: Weights of the tower: ``pretrained``, a local file, ``embedded``
                 (convnext_shapes), or None.
             connector: ``linear``, ``mlp`` or ``pixel_shuffle``.
-            layer: The tower's block or stage whose features are taken; -1 is the last.
+            layer: The tower's block or stage whose features are taken, or several; -1 is the last.
             img_size: Side of the images in pixels; None is the tower's own.
-            max_length: Tokens that a conversation is cut off at.
+            max_length: Tokens that a conversation is cut off at; None is as many as the language
+                model has positions for, and 2,048 at the most.
             max_new_tokens: Tokens that an answer ends at.
             tuning: What is trained of tower and language model; None is ``FLoRA()``.
             tower_tuning: What is trained of the tower, in place of ``tuning``.
@@ -101,7 +107,13 @@ class VisionLanguageModule(AnswersModule):
             language_lr=language_lr,
         )
         check_name(tower)
-        if max_length < 1:
+        kept = language_tuning or self.tuning
+        if language_model == TINY and adapter is None and not isinstance(kept, Full):
+            raise ValueError(
+                f"language model tiny is random, and {type(kept).__name__} keeps its base: give "
+                "language_tuning litflora.adapters.Full, or the folder of a language model"
+            )
+        if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         self.tower = tower
         self.language_model = language_model
@@ -115,12 +127,22 @@ class VisionLanguageModule(AnswersModule):
     def encoder(self) -> Encoder:
         """What writes conversations in tokens of the language model."""
         sketch = self._assemble(None, sketched=True)
-        sides = sketch.pretrained_cfg["input_size"][1:] if self.img_size is None else None
-        height, width = sides or (self.img_size, self.img_size)
-        with torch.device("meta"):
-            found = sketch.features(torch.zeros(1, 3, height, width))
+        own = sketch.pretrained_cfg["input_size"][1:]
+        height, width = own if self.img_size is None else (self.img_size, self.img_size)
+        found = sketch.features(torch.zeros(1, 3, height, width, device="meta"))
         tokens = sketch.connector.tokens(*found.shape[-2:])
-        return Encoder(tokenizer_of(self.language_model), tokens, self.max_length, (height, width))
+        length = self._length(sketch.language_model)
+        return Encoder(tokenizer_of(self.language_model), tokens, length, (height, width))
+
+    def _length(self, model: nn.Module) -> int:
+        """The length that conversations are cut off at."""
+        most = getattr(model.config, "max_position_embeddings", None)
+        if self.max_length is not None and most is not None and self.max_length > most:
+            raise ValueError(
+                f"max_length {self.max_length:,} is more than the {most:,} positions of language "
+                f"model {self.language_model}: give {most:,} or less"
+            )
+        return self.max_length or min(most or LENGTH, LENGTH)
 
     def build(self) -> nn.Module:
         """Makes tower, connector and language model."""
@@ -131,7 +153,7 @@ class VisionLanguageModule(AnswersModule):
         with torch.device("meta" if sketched else "cpu"):
             tower = build(self.tower, weights, 0, self.img_size)
         told = language_model(self.language_model, self.language_options, sketched)
-        channels = tower.feature_info[self.layer]["num_chs"]
+        channels = channels_of(tower, self.layer)
         width = told.get_input_embeddings().embedding_dim
         with torch.device("meta" if sketched else "cpu"):
             connector = Connector(self.connector, channels, width)
@@ -141,3 +163,11 @@ class VisionLanguageModule(AnswersModule):
     def metadata(self, datamodule: Any = None) -> dict[str, Any]:
         """Adds the size of the images."""
         return {**super().metadata(datamodule), "img_size": self.img_size}
+
+    def description(self) -> dict[str, Any]:
+        """Makes the path of the language model absolute, too."""
+        described = super().description()
+        told = described["init_args"]
+        if Path(told["language_model"]).is_dir():
+            told["language_model"] = str(Path(told["language_model"]).absolute())
+        return described

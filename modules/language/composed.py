@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
+from ..adapters.sharded import is_sharded
 from ..backbones.pyramid import Wrapper
 from .connectors import Connector
 from .encoding import IGNORED
@@ -21,11 +23,13 @@ class Output(NamedTuple):
 
     Attributes:
         loss: Mean over the tokens that are learnt, None without labels.
-        logits: ``[batch, length, vocabulary]``.
+        logits: ``[batch, length, vocabulary]``, None if there was nothing but a prompt.
+        tokens: What a prompt is gone on with, None without one.
     """
 
     loss: Tensor | None
-    logits: Tensor
+    logits: Tensor | None
+    tokens: Tensor | None = None
 
 
 class VisionLanguageNet(Wrapper):
@@ -35,7 +39,7 @@ class VisionLanguageNet(Wrapper):
         tower: A timm model without classifier.
         connector: See `Connector`.
         language_model: A causal language model of transformers.
-        layer: Index of the tower's block or stage whose features are taken.
+        layers: Indices of the tower's blocks or stages whose features are taken.
         image_token: Id of the token whose place features take.
     """
 
@@ -47,7 +51,7 @@ class VisionLanguageNet(Wrapper):
         connector: Connector,
         language_model: nn.Module,
         image_token: int,
-        layer: int = -1,
+        layer: int | Sequence[int] = -1,
     ) -> None:
         """Puts the parts together.
 
@@ -55,15 +59,15 @@ class VisionLanguageNet(Wrapper):
             ValueError: The tower has no such layer, or the parts do not fit each other.
         """
         super().__init__()
-        depth = len(tower.feature_info)
-        if not -depth <= layer < depth:
-            raise ValueError(f"layer {layer} of a tower with {depth}: give -{depth} to {depth - 1}")
+        _check_widths(channels_of(tower, layer), connector, language_model)
+        self.layers = _indices(tower, layer)
+        # What comes after would have no gradient, and processes would wait for it.
+        self._norm = hasattr(tower, "norm")
+        tower.prune_intermediate_layers(self.layers, prune_norm=not self._norm)
         self.tower = tower
         self.connector = connector
         self.language_model = language_model
         self.image_token = image_token
-        self.layer = layer % depth
-        _check_widths(tower.feature_info[self.layer]["num_chs"], connector, language_model)
 
     def get_classifier(self) -> nn.Module:
         """The connector, which trains from the start: what timm's models have their head for."""
@@ -83,11 +87,15 @@ class VisionLanguageNet(Wrapper):
         return {**groups, "blocks": [*own, *((pattern, None) for pattern in layers)]}
 
     def features(self, images: Tensor) -> Tensor:
-        """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens."""
-        (found,) = self.tower.forward_intermediates(
-            images, indices=[self.layer], norm=True, intermediates_only=True, output_fmt="NCHW"
+        """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens.
+
+        Those of several layers follow each other in channels, at the size of the coarsest.
+        """
+        found = self.tower.forward_intermediates(
+            images, self.layers, norm=self._norm, output_fmt="NCHW", intermediates_only=True
         )
-        return found
+        size = found[-1].shape[-2:]
+        return torch.cat([adaptive_avg_pool2d(each, size) for each in found], 1)
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Embeddings ``[batch, length, width]`` of tokens, those of images from their features.
@@ -102,40 +110,60 @@ class VisionLanguageNet(Wrapper):
         places = input_ids == self.image_token
         # Some models have no embedding of that token: it was added to the tokenizer alone.
         embedded = self.language_model.get_input_embeddings()(input_ids.masked_fill(places, 0))
-        if images is None or not len(images):
-            found = embedded.new_zeros(0, embedded.shape[-1])
-        else:
-            found = self.connector(self.features(images)).flatten(0, 1).to(embedded.dtype)
+        found = self._embedded(images, embedded)
         count = int(places.sum())
         if count != len(found):
             raise ValueError(f"{count} image tokens, and features for {len(found)}")
         return embedded.masked_scatter(places[..., None], found)
 
+    def _embedded(self, images: Tensor | None, like: Tensor) -> Tensor:
+        """Embeddings ``[tokens, width]`` of all images."""
+        none = images is None or not len(images)
+        if none and not self.training:
+            return like.new_zeros(0, like.shape[-1])
+        if none:  # every parameter takes part in every step: processes wait for each other's
+            images = like.new_zeros(1, *self.pretrained_cfg["input_size"])
+        found = self.connector(self.features(images)).flatten(0, 1).to(like.dtype)
+        return found[:0] if none else found
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         images: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        prompt: dict[str, Tensor] | None = None,
+        **options: Any,
     ) -> Output:
-        """The logits of every next token, and the loss if there are labels.
+        """The logits of every next token, the loss if there are labels, and an answer to a prompt.
+
+        One call does all that an evaluation wants of a batch: processes that hold parts of the
+        network call it equally often.
 
         Args:
-            input_ids: ``[batch, length]``.
+            input_ids: ``[batch, length]``; None is a prompt alone.
             attention_mask: 1 where there are tokens, ``[batch, length]``; or which tokens see
                 which, ``[batch, 1, length, length]``, bool.
             images: Normalised, ``[n, 3, h, w]``.
             labels: ``[batch, length]``, -100 where nothing is to be learnt.
             position_ids: ``[batch, length]``.
+            prompt: What `generate` takes.
+            options: Of `generate`.
         """
-        logits = self.language_model(
-            inputs_embeds=self.embed(input_ids, images),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).logits
-        return Output(None if labels is None else token_loss(logits, labels), logits)
+        loss = logits = tokens = None
+        if input_ids is not None:
+            logits = self.language_model(
+                inputs_embeds=self.embed(input_ids, images),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            ).logits
+        if logits is not None and labels is not None:
+            loss = token_loss(logits, labels)
+        if prompt is not None:
+            tokens = self.generate(**prompt, **options)
+        return Output(loss, logits, tokens)
 
     @torch.no_grad()
     def generate(
@@ -154,9 +182,33 @@ class VisionLanguageNet(Wrapper):
             options: Of ``generate``, such as ``max_new_tokens``.
         """
         embedded = self.embed(input_ids, images)
+        # Processes that hold parts of the network make as many steps as the one that makes most.
         return self.language_model.generate(
-            inputs_embeds=embedded, attention_mask=attention_mask, **options
+            inputs_embeds=embedded,
+            attention_mask=attention_mask,
+            synced_gpus=is_sharded(self),
+            **options,
         )
+
+
+def channels_of(tower: nn.Module, layer: int | Sequence[int]) -> int:
+    """Channels of the features of a tower's blocks or stages.
+
+    Raises:
+        ValueError: It has none of that index.
+    """
+    return sum(tower.feature_info[index]["num_chs"] for index in _indices(tower, layer))
+
+
+def _indices(tower: nn.Module, layer: int | Sequence[int]) -> list[int]:
+    depth = len(tower.feature_info)
+    asked = [layer] if isinstance(layer, int) else list(layer)
+    for index in asked or [depth]:
+        if not -depth <= index < depth:
+            raise ValueError(
+                f"layer {layer} of a tower with {depth}: give -{depth} to {depth - 1}, or several"
+            )
+    return sorted({index % depth for index in asked})
 
 
 def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:

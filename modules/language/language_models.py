@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -24,14 +26,32 @@ def language_model(
         options: What differs in the configuration of ``tiny``.
         sketched: Leave it without numbers, on the meta device.
     """
-    with torch.device("meta" if sketched else "cpu"):
-        if name == TINY:
+    device = torch.device("meta" if sketched else "cpu")
+    if name == TINY:
+        with device:
             return tiny_language_model(options)
-        from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    with _explained(name):
         if sketched:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            config = AutoConfig.from_pretrained(name)
+            with device:
+                return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Says in a line what could not be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"language model {name} could not be read: {reason}\n"
+            "Give the folder of a causal language model of transformers, its name on the hub, or "
+            "tiny"
+        ) from error
 
 
 @cache
@@ -41,7 +61,8 @@ def tokenizer_of(name: str) -> Any:
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer(IMAGE, add_special_tokens=False)["input_ids"]) != 1:
         tokenizer.add_tokens([IMAGE], special_tokens=True)
     return tokenizer

@@ -34,6 +34,7 @@ class Conversation:
         images: One for each ``<image>``, in order: a file, or uint8 ``[3, H, W]``.
         answers: All answers that count as right for the last turn; none are that turn's own text.
         closed: Whether the answer is one of few, as yes or no; None is unknown.
+        files: Names of the files that images have been read from.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Conversation:
     images: tuple[Path | Tensor, ...] = ()
     answers: tuple[str, ...] = field(default=())
     closed: bool | None = None
+    files: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises unless it can be trained on.
@@ -68,7 +70,7 @@ class Conversation:
         last = max(i for i, turn in enumerate(self.turns) if turn.role == ASSISTANT)
         turns = self.turns[:last]
         count = sum(turn.text.count(IMAGE) for turn in turns)
-        return Conversation(self.id, turns, self.images[:count])
+        return Conversation(self.id, turns, self.images[:count], files=self.files[:count])
 
     def accepted(self) -> tuple[str, ...]:
         """The answers that count as right for the last turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -79,6 +81,7 @@ class TuningModule(LightningModule):
         base_argument: The argument that says where the base comes from.
         drawing: How the task draws its samples, and what the model makes of them.
         base_names: The arguments that say which base it is.
+        merged: Name of what `litflora merge` writes, as it is told to people.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
         lockstep: Keeps processes together that hold parts of the network; None if there are none.
@@ -89,6 +92,7 @@ class TuningModule(LightningModule):
     base_argument: ClassVar[str] = "weights"
     drawing: ClassVar[type[Drawing]]
     base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
+    merged: ClassVar[str] = "merged.safetensors"
     net: nn.Module | None
     tuned: Summary | None = None
     lockstep: Lockstep | None = None
@@ -146,8 +150,7 @@ class TuningModule(LightningModule):
         self.net = None
         self._seed: int | None = None
         self.strict_loading = False  # checkpoints are partial; load_state_dict does the checking
-        own = self.base_argument == "weights"
-        self.save_hyperparameters(ignore=[] if own else ["weights"])
+        self.save_hyperparameters()
         if "_instantiator" not in self.hparams:  # made in Python, not by the command line
             self.save_hyperparameters(plain_hyperparameters(self), ignore=_FACTORIES)
         for name in foreign_arguments(self):  # of base classes, or of links that have no end here
@@ -160,6 +163,25 @@ class TuningModule(LightningModule):
     def plain_code(self) -> tuple[str, str]:
         """The imports and the expression that make the network which a merged file fits."""
         raise NotImplementedError
+
+    def write_merged(self, path: Path) -> None:
+        """Writes the network, adapters merged into it, as one safetensors file."""
+        state = {key: value.contiguous() for key, value in self.net.state_dict().items()}
+        told = {
+            "code": self.plain_code()[1],
+            "class_names": json.dumps(getattr(self, "class_names", [])),
+            "mean": json.dumps(self.mean.flatten().tolist()),
+            "std": json.dumps(self.std.flatten().tolist()),
+        }
+        path.write_bytes(save_tensors(state, metadata={"format": "pt", **told}))
+
+    def loading_code(self, path: Path) -> str:
+        """Lines of Python that load what `write_merged` has written."""
+        imports, made = self.plain_code()
+        return (
+            f"import safetensors.torch, {imports}\n"
+            f"{made}.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
+        )
 
     def configure_model(self) -> None:
         """Builds the network and puts the tuning or the saved adapter into it, once."""

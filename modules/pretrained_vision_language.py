@@ -6,14 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from .adapters import AdapterError, PerModule, Tuning, read_config
+from .adapters import PerModule, Tuning
 from .answers import AnswersModule
+from .language.checkpoint import save_like
 from .language.encoding import Batch
-from .language.merged import save_like
 from .language.pretrained import (
     PretrainedNet,
     part_tunings,
@@ -34,6 +34,8 @@ class PretrainedVisionLanguageModule(AnswersModule):
     """
 
     base_argument: ClassVar[str] = "model"
+    base_names: ClassVar[tuple[str, ...]] = ("model",)
+    merged: ClassVar[str] = "merged"
     net: PretrainedNet | None
 
     def __init__(
@@ -121,44 +123,34 @@ class PretrainedVisionLanguageModule(AnswersModule):
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""
-        tunings = self.part_tunings()
+        parts = net.parts()
         found: dict[str, Tuning] = {}
-        for part, names in net.parts().items():
-            found |= part_tunings(net, names, tunings[part])
+        for part, tuning in self.part_tunings().items():
+            found |= part_tunings(net, parts[part], tuning)
         return PerModule(found)
-
-    def _tune(self, net: nn.Module, device: torch.device | None) -> None:
-        try:
-            super()._tune(net, device)
-        except AdapterError as error:
-            own = self._made_for()
-            if own in (None, self.model):
-                raise
-            raise ValueError(
-                f"adapter {self.adapter} was trained on {own}, and model is {self.model}: {error}"
-            ) from error
-
-    def _made_for(self) -> str | None:
-        """The base that the adapter to start from says it has."""
-        if self.adapter is None:
-            return None
-        saved = read_config(self.adapter).get("metadata", {}).get("model", {})
-        return saved.get("init_args", {}).get(self.base_argument)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes."""
         assert self.net is not None
         return {key: value for key, value in batch.items() if key in self.net.takes}
 
-    def save_merged(self, folder: Path) -> str:
-        """Writes the merged network as its checkpoint is laid out; says how to load it.
-
-        Call it when the deltas are merged and gone.
+    def write_merged(self, path: Path) -> None:
+        """Writes the network as its checkpoint is laid out, adapters merged into it.
 
         Raises:
             ValueError: The checkpoint is not kept in safetensors files.
         """
         assert self.net is not None
-        told = save_like(self.net.model, self.model, folder)
+        lost = save_like(self.net.model, self.model, path)
+        worst = max(lost, key=lost.__getitem__, default=None)
+        if worst is not None and lost[worst] > 0:
+            rank_zero_warn(
+                f"the checkpoint's type of numbers rounds: at most {lost[worst]:.2g} of a change "
+                f"is lost ({worst})"
+            )
+
+    def loading_code(self, path: Path) -> str:
+        """A line of plain transformers."""
+        assert self.net is not None
         kind = type(self.net.model).__name__
-        return f"{told}; loads so:\n    transformers.{kind}.from_pretrained({str(folder)!r})"
+        return f"import transformers\ntransformers.{kind}.from_pretrained({str(path)!r})"

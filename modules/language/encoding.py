@@ -95,7 +95,7 @@ class Encoder:
         if len(ids) > self.max_length:
             raise ValueError(
                 f"the question of conversation {conversation.id} has {len(ids):,} tokens: more "
-                f"than max_length {self.max_length:,}"
+                f"than max_length {self.max_length:,}: shorten it, or raise max_length"
             )
         return Encoded(ids, labels, self._count(ids))
 
@@ -153,13 +153,12 @@ class Encoder:
         }
 
     def predict_batch(self, conversations: Sequence[Conversation]) -> Batch:
-        """What an answer needs: prompts padded on the left, their ``ids`` and ``questions``."""
+        """What an answer needs: prompts padded on the left, and `asked`."""
         images = [image for each in conversations for image in each.images]
         return {
             **self.batch([self.prompt(each) for each in conversations], left=True),
             "images": self.images(images),
-            "ids": [each.id for each in conversations],
-            "questions": [each.turns[-1].text for each in conversations],
+            **asked(conversations),
         }
 
     def images(self, images: Sequence[Any]) -> Tensor:
@@ -187,6 +186,15 @@ class Encoder:
             "attention_mask": self.padded(ones, 0, left),
             "labels": self.padded([row.labels for row in rows], IGNORED, left),
         }
+
+
+def asked(conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
+    """What an answer is reported with: ``ids``, ``questions`` and the ``files`` of images."""
+    return {
+        "ids": [each.id for each in conversations],
+        "questions": [each.turns[-1].text.replace(IMAGE, "").strip() for each in conversations],
+        "files": [each.files for each in conversations],
+    }
 
 
 def _fitted(image: Tensor, height: int, width: int) -> Tensor:

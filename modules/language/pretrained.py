@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import Tuning
 from ..adapters.selective import Selective
+from ..adapters.sharded import is_sharded
 from ..adapters.targets import KEYWORDS, Candidate, candidates, is_inside, matches
 from ..adapters.tuning import DeltaTuning
 from .composed import LAYER, Output, language_blocks, token_loss
@@ -92,15 +93,31 @@ class PretrainedNet(nn.Module):
         patterns = [f"^{name}".replace(".", r"\.") for name in self._lists()]
         return {"blocks": [(pattern + ("" if coarse else LAYER), None) for pattern in patterns]}
 
-    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> Output:
-        """The logits of every next token, and the loss if there are labels.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt: dict[str, Tensor] | None = None,
+        **given: Any,
+    ) -> Output:
+        """The logits of every next token, the loss if there are labels, and an answer to a prompt.
 
         Args:
+            input_ids: ``[batch, length]``; None is a prompt alone.
             labels: ``[batch, length]``, -100 where nothing is to be learnt.
-            inputs: What the model takes, as its processor makes it.
+            prompt: What `generate` takes.
+            given: What else the model takes, as its processor makes it; options of `generate`.
         """
-        logits = self.model(**inputs, use_cache=False).logits
-        return Output(None if labels is None else token_loss(logits, labels), logits)
+        loss = logits = tokens = None
+        inputs = {key: value for key, value in given.items() if key in self.takes}
+        if input_ids is not None:
+            logits = self.model(input_ids=input_ids, **inputs, use_cache=False).logits
+        if logits is not None and labels is not None:
+            loss = token_loss(logits, labels)
+        if prompt is not None:
+            options = {key: value for key, value in given.items() if key not in inputs}
+            tokens = self.generate(**prompt, **options)
+        return Output(loss, logits, tokens)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -110,7 +127,9 @@ class PretrainedNet(nn.Module):
             input_ids: Padded on the left, ``[batch, length]``.
             options: What else the model takes, and options of transformers' ``generate``.
         """
-        tokens = self.model.generate(input_ids=input_ids, **options)
+        # Processes that hold parts of the network make as many steps as the one that makes most.
+        synced = is_sharded(self)
+        tokens = self.model.generate(input_ids=input_ids, synced_gpus=synced, **options)
         return tokens[:, input_ids.shape[1] :]
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..datamodules.conversations import ASSISTANT, IMAGE, Conversation, Turn
-from .encoding import IGNORED, Batch, BatchEncoder
+from .encoding import IGNORED, Batch, Encoder, asked
 from .templates import Span, spoken
 
 # Where in a text its tokens are, and what images were written out to: to find who says what.
 TRACES = ("offset_mapping", "text_replacement_offsets")
 
 
-class ProcessorEncoder(BatchEncoder):
+class ProcessorEncoder:
     """Writes conversations by the chat template and the processor of a checkpoint.
 
     Attributes:
@@ -78,7 +78,7 @@ class ProcessorEncoder(BatchEncoder):
         return batch
 
     def predict_batch(self, conversations: Sequence[Conversation]) -> Batch:
-        """What the processor gives, padded on the left; ``ids`` and ``questions``.
+        """What the processor gives, padded on the left, and `asked`.
 
         Raises:
             ValueError: A question is too long; names the conversation.
@@ -94,9 +94,10 @@ class ProcessorEncoder(BatchEncoder):
                 )
         return {
             **{key: value for key, value in batch.items() if key not in TRACES},
-            "ids": [each.id for each in conversations],
-            "questions": [each.turns[-1].text for each in conversations],
+            **asked(conversations),
         }
+
+    eval_batch = Encoder.eval_batch  # the same, of these batches
 
     def written(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text before images are written out, and the spans that the assistant says.

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -123,11 +124,15 @@ class PretrainedVisionLanguageModule(AnswersModule):
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""
-        parts = net.parts()
         found: dict[str, Tuning] = {}
         for part, tuning in self.part_tunings().items():
-            found |= part_tunings(net, parts[part], tuning)
+            found |= part_tunings(net, part, tuning)
         return PerModule(found)
+
+    def _tune(self, net: nn.Module, device: torch.device | None) -> None:
+        super()._tune(net, device)
+        for name in net.unread():
+            net.get_submodule(name).requires_grad_(False)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes."""

@@ -84,6 +84,24 @@ class PretrainedNet(nn.Module):
     def _lists(self) -> list[str]:
         return [f"model.{name}".replace("\\.", ".") for name in language_blocks(self.model)]
 
+    def unread(self) -> list[str]:
+        """Modules of the tower after the layer whose features are taken, as LLaVA's last block.
+
+        They would have no gradient, and processes would wait for it.
+        """
+        taken = getattr(self.model.config, "vision_feature_layer", None)
+        (tower,) = self.parts()["tower"][:1]
+        blocks = next(name for name in self._lists() if is_inside(name, [tower]))
+        depth = len(self.get_submodule(blocks))
+        layers = _listed(-1 if taken is None else taken)
+        last = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+        if last == depth:
+            return []
+        inner = blocks.removeprefix(f"{tower}.").partition(".")[0]
+        names = [name for name, child in self.get_submodule(tower).named_children()]
+        after = [f"{tower}.{name}" for name in names[names.index(inner) + 1 :]]
+        return [*(f"{blocks}.{index}" for index in range(last, depth)), *after]
+
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """The connector: what timm's models have their head for."""
         return tuple(map(self.get_submodule, self.parts()["connector"]))
@@ -112,12 +130,25 @@ class PretrainedNet(nn.Module):
         inputs = {key: value for key, value in given.items() if key in self.takes}
         if input_ids is not None:
             logits = self.model(input_ids=input_ids, **inputs, use_cache=False).logits
+            if self.training and inputs.get("pixel_values") is None:
+                logits = logits + self._nothing()
         if logits is not None and labels is not None:
             loss = token_loss(logits, labels)
         if prompt is not None:
             options = {key: value for key, value in given.items() if key not in inputs}
             tokens = self.generate(**prompt, **options)
         return Output(loss, logits, tokens)
+
+    def _nothing(self) -> Tensor | float:
+        """A zero of all that trains before the language model: it takes part in every step.
+
+        Processes wait for each other's gradients, and one may have no images.
+        """
+        parts = self.parts()
+        names = [*parts["tower"], *parts["connector"]]
+        modules = [] if is_sharded(self) else map(self.get_submodule, names)
+        trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        return 0.0 * sum(p.sum() for p in trained)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -133,7 +164,7 @@ class PretrainedNet(nn.Module):
         return tokens[:, input_ids.shape[1] :]
 
 
-def part_tunings(net: PretrainedNet, names: Sequence[str], tuning: Tuning) -> dict[str, Tuning]:
+def part_tunings(net: PretrainedNet, part: str, tuning: Tuning) -> dict[str, Tuning]:
     """The tuning of each module of a part; of modules without blocks only where it means them.
 
     Deltas go to a stem or to an output layer where a pattern names it. Full trains all of a part;
@@ -141,17 +172,20 @@ def part_tunings(net: PretrainedNet, names: Sequence[str], tuning: Tuning) -> di
 
     Args:
         net: The network.
-        names: Modules of the part, that with blocks first.
-        tuning: The tuning of the part.
+        part: The part's name.
+        tuning: Its tuning.
     """
+    names = net.parts()[part]
     if isinstance(tuning, Selective):
         own = [name for name in names if _trains_in(net.get_submodule(name), tuning)]
         return dict.fromkeys(own or names[:1], tuning)
-    if not isinstance(tuning, DeltaTuning) or len(names) == 1:
-        return dict.fromkeys(names, tuning)
+    assert isinstance(tuning, DeltaTuning)
     everything = candidates(net)
     pools = [[c for c in everything if is_inside(c.layer, [name])] for name in names]
     whole = _within(tuning, pools[0], pools[1:])
+    unread = [f"{name}.*" for name in net.unread()] if part == "tower" else []
+    left_out = [pattern for pattern in unread if _has(pattern, pools[0])]
+    whole = dataclasses.replace(whole, exclude=[*_listed(whole.exclude), *left_out])
     others = [_within(tuning, pool) for pool in pools[1:]]
     return {
         name: own for name, own in zip(names, [whole, *others], strict=True) if own.targets != []
@@ -159,7 +193,9 @@ def part_tunings(net: PretrainedNet, names: Sequence[str], tuning: Tuning) -> di
 
 
 def _within(
-    tuning: DeltaTuning, pool: Sequence[Candidate], others: Sequence[Sequence[Candidate]] = ()
+    tuning: DeltaTuning,
+    pool: Sequence[Candidate],
+    others: Sequence[Sequence[Candidate]] | None = None,
 ) -> DeltaTuning:
     """The tuning with what it means for one module of several.
 
@@ -170,14 +206,14 @@ def _within(
     """
 
     def kept(pattern: Any) -> bool:
-        if not others:
+        if others is None:
             return _names(pattern, pool)
         return _has(pattern, pool) or not any(_names(pattern, other) for other in others)
 
     settings: dict[str, Any] = {"exclude": list(filter(kept, _listed(tuning.exclude)))}
     for key, patterns in tuning.patterns().items():
         settings[key] = {pattern: value for pattern, value in patterns.items() if kept(pattern)}
-    if tuning.targets is not None or not others:
+    if tuning.targets is not None or others is None:
         settings["targets"] = list(filter(kept, _listed(tuning.targets)))
     return dataclasses.replace(tuning, **settings)
 

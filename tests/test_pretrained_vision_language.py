@@ -365,10 +365,11 @@ def deltas(net: PretrainedNet, tuning: Tuning) -> dict[str, int]:
     found: dict[str, Tuning] = {}
     for part in ("tower", "language_model"):
         found |= part_tunings(net, part, tuning)
-    inject(net, with_targets(net, PerModule(found)), train=net.parts()["connector"])
+    parts = net.parts()
+    inject(net, with_targets(net, PerModule(found)), train=parts["connector"])
     assert all(p.is_meta for p in net.parameters())
     sizes = {n: p.numel() for n, p in net.named_parameters() if ".adapters." in n}
     return {
-        part: sum(size for name, size in sizes.items() if is_inside(name, net.parts()[part]))
+        part: sum(size for name, size in sizes.items() if is_inside(name, parts[part]))
         for part in ("tower", "language_model")
     }

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from .adapters import PerModule, Tuning
 from .answers import AnswersModule
+from .datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
 from .language.checkpoint import save_like
 from .language.encoding import Batch
 from .language.pretrained import (
@@ -138,6 +140,15 @@ class PretrainedVisionLanguageModule(AnswersModule):
         """What of a batch the network takes."""
         assert self.net is not None
         return {key: value for key, value in batch.items() if key in self.net.takes}
+
+    def example(self, images: Tensor) -> tuple[Any, ...]:
+        """As many conversations as there are images, each about a blank one of their size."""
+        blank = torch.zeros(3, *images.shape[-2:], dtype=torch.uint8)
+        turns = (Turn(USER, f"{IMAGE}\nWhat is in the image?"), Turn(ASSISTANT, "Nothing at all."))
+        one = Conversation("example", turns, (blank,))
+        batch = move_data_to_device(self.encoder.train_batch([one] * len(images)), images.device)
+        inputs = self.inputs(batch)
+        return inputs.pop("input_ids"), batch["labels"], None, inputs
 
     def write_merged(self, path: Path) -> None:
         """Writes the network as its checkpoint is laid out, adapters merged into it.

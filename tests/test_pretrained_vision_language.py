@@ -179,6 +179,9 @@ def test_a_fit_leaves_one_folder_that_loads_back(
     batch = data.encoder.eval_batch([conversation(), conversation(1)])
     assert torch.equal(of(again.eval(), batch), of(module.eval(), batch))
     assert not torch.equal(of(again, batch), of(tuned(folders[kind]), batch))
+    shown = litflora("inspect", tmp_path / "adapter")
+    assert shown.code == 0, shown.err
+    assert "language_model.layers.1.mlp.down_proj" in shown.out
 
 
 def test_another_base_is_refused_by_both_names(folders: dict[str, Path], tmp_path: Path) -> None:

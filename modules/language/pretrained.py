@@ -116,6 +116,7 @@ class PretrainedNet(nn.Module):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         prompt: dict[str, Tensor] | None = None,
+        others: dict[str, Tensor] | None = None,
         **given: Any,
     ) -> Output:
         """The logits of every next token, the loss if there are labels, and an answer to a prompt.
@@ -124,9 +125,11 @@ class PretrainedNet(nn.Module):
             input_ids: ``[batch, length]``; None is a prompt alone.
             labels: ``[batch, length]``, -100 where nothing is to be learnt.
             prompt: What `generate` takes.
-            given: What else the model takes, as its processor makes it; options of `generate`.
+            others: What else the model takes, as its processor makes it.
+            given: The same by name; and options of `generate`.
         """
         loss = logits = tokens = None
+        given = {**(others or {}), **given}
         inputs = {key: value for key, value in given.items() if key in self.takes}
         if input_ids is not None:
             logits = self.model(input_ids=input_ids, **inputs, use_cache=False).logits
@@ -179,7 +182,8 @@ def part_tunings(net: PretrainedNet, part: str, tuning: Tuning) -> dict[str, Tun
     if isinstance(tuning, Selective):
         own = [name for name in names if _trains_in(net.get_submodule(name), tuning)]
         return dict.fromkeys(own or names[:1], tuning)
-    assert isinstance(tuning, DeltaTuning)
+    if not isinstance(tuning, DeltaTuning):
+        return dict.fromkeys(names, tuning)  # which PerModule refuses
     everything = candidates(net)
     pools = [[c for c in everything if is_inside(c.layer, [name])] for name in names]
     whole = _within(tuning, pools[0], pools[1:])

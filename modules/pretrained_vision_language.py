@@ -17,9 +17,9 @@ from .answers import AnswersModule
 from .datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
 from .language.checkpoint import save_like
 from .language.encoding import Batch
+from .language.part_tunings import part_tunings
 from .language.pretrained import (
     PretrainedNet,
-    part_tunings,
     positions_of,
     pretrained_model,
     processor_of,

@@ -26,7 +26,8 @@ from litflora.backbones import with_targets
 from litflora.callbacks import AdapterFolder
 from litflora.datamodules import ShapesQuestionsDataModule
 from litflora.datamodules.conversations import Conversation, Turn
-from litflora.language.pretrained import PretrainedNet, part_tunings
+from litflora.language.part_tunings import part_tunings
+from litflora.language.pretrained import PretrainedNet
 from tests.checkpoints import KINDS, save_checkpoint
 from tests.shell import litflora
 from tests.tiny import trainer

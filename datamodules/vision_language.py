@@ -25,14 +25,11 @@ class Conversations(SeededDataset):
     seed: int = 0
 
     def __getitem__(self, key: int) -> Conversation:
-        asked = self.conversations[key % len(self)]
-        files = tuple(str(image) for image in asked.images if isinstance(image, Path))
-        read = replace(asked, images=tuple(map(read_image, asked.images)), files=files)
-        return self._transformed(read, key)
+        conversation = self.conversations[key % len(self)]
+        return replace(conversation, images=tuple(map(_read, conversation.images)))
 
 
-def read_image(image: Path | torch.Tensor) -> torch.Tensor:
-    """An image file as uint8 ``[3, H, W]``; what has been read already stays as it is."""
+def _read(image: Any) -> torch.Tensor:
     return pil_to_tensor(read_photo(image)) if isinstance(image, Path) else image
 
 

@@ -86,7 +86,7 @@ class AdapterFolder(Callback):
             name, after = best.monitor, float(best.best_model_score)
         gain = (name, self.before.get(name), after)
         weights = "last" if best is None else "best"
-        self.message = _message(folder, weights, gain, metadata.get("data"), pl_module.merged)
+        self.message = _message(folder, weights, gain, metadata.get("data"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
@@ -172,7 +172,6 @@ def _message(
     weights: str,
     gain: tuple[str, float | None, float | None],
     data: dict[str, Any] | None,
-    merged: str,
 ) -> str:
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     lines = ["", f"adapter  {folder} ({megabytes:.2f} MB, the {weights} weights)"]
@@ -188,5 +187,5 @@ def _message(
             f"test     litflora test --adapter {name}",
             f"predict  litflora predict --adapter {name}{where}",
         ]
-    lines.append(f"merge    litflora merge {name} --out {merged}")
+    lines.append(f"merge    litflora merge {name} --out merged.safetensors")
     return "\n".join(lines)

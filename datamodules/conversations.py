@@ -44,8 +44,11 @@ class Conversation:
     closed: bool | None = None
     files: tuple[str, ...] = ()
 
-    def check(self) -> None:
+    def check(self, answered: bool = True) -> None:
         """Raises unless it can be trained on.
+
+        Args:
+            answered: Whether somebody must answer; else there must be something to ask.
 
         Raises:
             ValueError: A role is unknown, nobody answers, or images and their marks differ in
@@ -56,13 +59,16 @@ class Conversation:
                 raise ValueError(
                     f"conversation {self.id}: role {turn.role!r} is none of {', '.join(ROLES)}"
                 )
-        if not any(turn.role == ASSISTANT for turn in self.turns):
+        roles = [turn.role for turn in self.turns]
+        if answered and ASSISTANT not in roles:
             raise ValueError(f"conversation {self.id} has no assistant turn: nothing to learn")
+        if not answered and USER not in roles:
+            raise ValueError(f"conversation {self.id} has no user turn: nothing to answer")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns)
         if marks != len(self.images):
             raise ValueError(
                 f"conversation {self.id} has {marks} {IMAGE} in its text, and "
-                f"{len(self.images)} image(s)"
+                f"{len(self.images)} image(s): write {IMAGE} once for each image, where it belongs"
             )
 
     def question(self) -> Conversation:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .base import SeededDataset, TuningDataModule, check_at_least
 from .conversations import Conversation
 from .dense import read_photo
+from .length_groups import LengthGroupedSampler, lengths_of
+from .samplers import KeySampler
 
 
 @dataclass
@@ -26,7 +31,10 @@ class Conversations(SeededDataset):
 
     def __getitem__(self, key: int) -> Conversation:
         conversation = self.conversations[key % len(self)]
-        return replace(conversation, images=tuple(map(_read, conversation.images)))
+        try:
+            return replace(conversation, images=tuple(map(_read, conversation.images)))
+        except ValueError as reason:
+            raise ValueError(f"conversation {conversation.id}: {reason}") from reason
 
 
 def _read(image: Any) -> torch.Tensor:
@@ -44,15 +52,29 @@ class VisionLanguageDataModule(TuningDataModule):
         eval_batch_size: Conversations in any other batch.
         num_workers: Processes that load; they change the speed and never the batches.
         seed: Decides all that is random in the data.
+        group_by_length: Train on batches of conversations that are alike in length, all with images
+            or all without; see `LengthGroupedSampler`.
+        pack: Put several conversations of a training batch into one row, none of which sees
+            another: less padding.
 
     Attributes:
         encoder: Writes conversations in tokens; None takes that of the Trainer's module.
     """
 
-    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        seed: int,
+        group_by_length: bool = False,
+        pack: bool = False,
+    ) -> None:
         super().__init__(batch_size, num_workers, seed)
         check_at_least("eval_batch_size", eval_batch_size, 1)
         self.eval_batch_size = eval_batch_size
+        self.group_by_length = group_by_length
+        self.pack = pack
         self.class_names: list[str] = []
         self.encoder: Any = None
 
@@ -73,13 +95,26 @@ class VisionLanguageDataModule(TuningDataModule):
                 f"{type(self).__name__} needs the encoder of a model: set .encoder, or fit with a "
                 "Trainer"
             )
-        kinds = {"train": self.encoder.train_batch, "predict": self.encoder.predict_batch}
-        return kinds.get(name, self.encoder.eval_batch)
+        if name == "train" and self.pack and not hasattr(self.encoder, "packed_batch"):
+            raise ValueError(f"pack: {type(self.encoder).__name__} cannot pack; set pack: false")
+        train = "packed_batch" if self.pack else "train_batch"
+        kinds = {"train": train, "predict": "predict_batch"}
+        return getattr(self.encoder, kinds.get(name, "eval_batch"))
 
     def contents(self) -> str:
         """The sizes of the splits that are set up, for a person to read."""
         sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in self.datasets.items())
         return f"{sizes} conversations"
+
+    def _sampler(self, options: dict[str, Any]) -> KeySampler:
+        if not self.group_by_length:
+            return super()._sampler(options)
+        lengths, images = self._lengths
+        return LengthGroupedSampler(lengths, images, self.batch_size, **options)
+
+    @cached_property
+    def _lengths(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        return lengths_of(self.datasets["train"].conversations)
 
     @property
     def _eval_batch_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -120,14 +121,26 @@ class AnswersModule(TuningModule):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the network takes, images normalised."""
-        kept = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        names = ("input_ids", "attention_mask", "position_ids")
+        kept = {key: batch[key] for key in names if key in batch}
         return {**kept, "images": self.normalize(batch["images"])}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the tokens that are to be learnt."""
-        loss = self(batch).loss
+        """The mean loss of the tokens that are to be learnt, over all processes."""
+        loss = self(batch).loss * self._share(batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    def _share(self, labels: Tensor) -> Tensor | float:
+        """How many times the average of all processes this one has of tokens to be learnt.
+
+        Gradients are averaged over processes: those of each would count alike, however few tokens
+        it has.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return 1.0
+        count = (labels[:, 1:] >= 0).sum().float()
+        return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Updates the validation metrics; returns the ``answers``."""
@@ -152,9 +165,12 @@ class AnswersModule(TuningModule):
         judged = zip(answers, batch["accepted"], batch["closed"], strict=True)
         for said, accepted, closed in judged:
             exact = float(normalized(said) in map(normalized, accepted))
-            values = {"exact": exact, "vqa": vqa_accuracy(said, accepted)}
-            if closed is not None:
-                values["exact_closed" if closed else "exact_open"] = exact
+            values = {
+                "exact": exact,
+                "vqa": vqa_accuracy(said, accepted),
+                "exact_closed": exact if closed is True else math.nan,
+                "exact_open": exact if closed is False else math.nan,
+            }
             for name, value in values.items():
                 metrics[name].update([value])
         for name, metric in metrics.items():

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conversation_files import WRITERS
 from objects import write_coco, write_coco_folder, write_people, write_voc
 from shell import QUIET, litflora, litflora_process, make_masks, make_photos
 
@@ -14,7 +15,7 @@ from litflora.commands.recipes import ROOT, comment, names
 pytestmark = pytest.mark.filterwarnings("ignore:weights is null")  # there is no hub to ask
 
 RECIPES = names()
-TASKS = ("classification/", "segmentation/", "detection/")
+TASKS = ("classification/", "segmentation/", "detection/", "vision_language/")
 # What makes a run small, by the first part of the recipe's name. Tuning, trainer and logger
 # recipes are laid over the embedded data.
 ONE_BATCH = {
@@ -38,8 +39,10 @@ def options(settings):
 
 def base_of(name):
     """The recipes that make a whole with this one."""
-    whole = name == "quickstart" or name.startswith(TASKS)
-    return ["--config", name] if whole else ["--config", "classification/shapes", "--config", name]
+    if name == "quickstart" or name.startswith(TASKS):
+        return ["--config", name]
+    base = "vision_language/vqa_rad" if name == "data/llava" else "classification/shapes"
+    return ["--config", base, "--config", name]
 
 
 def settings_of(name):
@@ -134,12 +137,30 @@ STAND_INS = {
 }
 
 
+# Of a small language model, which is random, all is trained.
+SMALL_ANSWERS = {
+    "tower": "test_vit",
+    "layer": -1,
+    "img_size": 32,
+    "weights": "null",
+    "language_model": "tiny",
+    "language_tuning": "litflora.adapters.Full",
+}
+
+
 def backbone_of(name):
-    return settings_of(name).get("model", {}).get("init_args", {}).get("backbone", "")
+    said = settings_of(name).get("model", {}).get("init_args", {})
+    return said.get("backbone") or said.get("tower", "")
+
+
+def about_conversations(name):
+    return settings_of(name)["data"]["class_path"].rpartition(".")[2] in WRITERS
 
 
 def small_model(name):
     """The recipe's model without weights; small where its own net or its detector is large."""
+    if about_conversations(name):
+        return {f"model.init_args.{key}": each for key, each in SMALL_ANSWERS.items()}
     stand_in = [net for large, net in STAND_INS.items() if backbone_of(name).startswith(large)]
     return {
         **({"model.init_args.backbone": stand_in[0]} if stand_in else {}),
@@ -157,6 +178,9 @@ def small_data(name, folder):
     if name.startswith("detection/"):
         write = OBJECTS[settings_of(name)["data"]["class_path"].rpartition(".")[2]]
         return {"data.init_args.root": write(folder), "data.init_args.crop_size": 64}
+    if about_conversations(name):
+        write = WRITERS[settings_of(name)["data"]["class_path"].rpartition(".")[2]]
+        return {"data.init_args.root": write(folder), "data.init_args.val_fraction": 0.3}
     if name.startswith("segmentation/"):
         return {
             "data": "litflora.datamodules.MaskFolderDataModule",
@@ -241,6 +265,18 @@ def test_every_dense_dataset_has_a_recipe_for_either_family(task):
         found = [n for n in RECIPES if n.startswith(f"{task}/") and f"_{family}_" in n]
         told = {settings_of(name)["data"]["class_path"].rpartition(".")[2] for name in found}
         assert told == shipped
+
+
+def test_every_dataset_of_conversations_has_a_recipe():
+    from litflora import datamodules
+    from litflora.datamodules.conversation_files import ConversationFilesDataModule
+
+    classes = [name for name in datamodules.__all__ if name.endswith("DataModule")]
+    kinds = {name: getattr(datamodules, name) for name in classes}
+    files = {name for name, kind in kinds.items() if issubclass(kind, ConversationFilesDataModule)}
+    found = [name for name in RECIPES if name.startswith("vision_language/")]
+    told = {settings_of(name)["data"]["class_path"].rpartition(".")[2] for name in found}
+    assert told >= files == set(WRITERS)
 
 
 def test_every_dataset_has_a_recipe():

@@ -183,6 +183,7 @@ def _message(
     if data is not None:
         photos = "predict_root" in data["init_args"]  # others predict their own test images
         where = " --data.init_args.predict_root FOLDER" if photos else ""
+        where += " --data.init_args.question TEXT" if "question" in data["init_args"] else ""
         lines += [
             f"test     litflora test --adapter {name}",
             f"predict  litflora predict --adapter {name}{where}",

@@ -150,7 +150,12 @@ class VisionLanguageNet(Wrapper):
             position_ids: ``[batch, length]``.
             prompt: What `generate` takes.
             options: Of `generate`.
+
+        Raises:
+            ValueError: The language model attends in a way that such a mask means nothing to.
         """
+        if attention_mask is not None and attention_mask.ndim == 4:
+            check_masks(self.language_model)
         loss = logits = tokens = None
         if input_ids is not None:
             logits = self.language_model(
@@ -220,8 +225,18 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
         reduction: ``mean``, or ``none``: of each of the ``batch * (length - 1)`` tokens.
     """
     following = labels[:, 1:].reshape(-1)
-    told = logits[:, :-1].flatten(0, 1).float()
+    told = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(told, following, ignore_index=IGNORED, reduction=reduction)
+
+
+def check_masks(language_model: nn.Module) -> None:
+    """Raises unless a mask of tokens that see each other is heeded; others add it to the scores."""
+    attends = language_model.config._attn_implementation
+    if attends != "sdpa":
+        raise ValueError(
+            f"packed rows need attention 'sdpa', and {type(language_model).__name__} has "
+            f"{attends!r}: set pack: false"
+        )
 
 
 def language_blocks(model: nn.Module) -> Iterator[str]:

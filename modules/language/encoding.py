@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from ..datamodules.conversations import IMAGE, Conversation
+from .packing import places, rows_of
 from .templates import written
 
 IGNORED = -100  # the label of a token that is not to be learnt, as transformers has it
@@ -136,9 +137,30 @@ class Encoder:
     def train_batch(self, conversations: Sequence[Conversation]) -> Batch:
         """What a training step takes: see `batch`, and ``images`` ``[n, 3, h, w]``, uint8."""
         encoded = [self.encode(each) for each in conversations]
+        return {**self.batch(encoded), "images": self._kept_images(conversations, encoded)}
+
+    def packed_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        """`train_batch` with several conversations a row, as many as ``max_length`` has room for.
+
+        ``position_ids`` ``[rows, longest]`` count from 0 in each conversation, none of which sees
+        another by the ``attention_mask``, ``[rows, 1, longest, longest]``, bool. The last token of
+        one does not learn the first of the next.
+        """
+        encoded = [self.encode(each) for each in conversations]
+        rows = rows_of([len(each.input_ids) for each in encoded], self.max_length)
+        order = [index for row in rows for index in row]
+        images = self._kept_images([conversations[i] for i in order], [encoded[i] for i in order])
+        joined = [_joined([encoded[i] for i in row]) for row in rows]
+        lengths = [[len(encoded[i].input_ids) for i in row] for row in rows]
+        positions, mask = places(lengths)
+        seen = {"attention_mask": mask, "position_ids": positions}
+        return {**self.batch(joined), **seen, "images": images}
+
+    def _kept_images(
+        self, conversations: Sequence[Conversation], encoded: Sequence[Encoded]
+    ) -> Tensor:
         kept = zip(conversations, encoded, strict=True)
-        images = [image for each, found in kept for image in each.images[: found.images]]
-        return {**self.batch(encoded), "images": self.images(images)}
+        return self.images([image for each, found in kept for image in each.images[: found.images]])
 
     def eval_batch(self, conversations: Sequence[Conversation]) -> Batch:
         """What an evaluation takes: `train_batch`, `predict_batch` under ``prompt``, and the truth.
@@ -195,6 +217,13 @@ def asked(conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
         "questions": [each.turns[-1].text.replace(IMAGE, "").strip() for each in conversations],
         "files": [each.files for each in conversations],
     }
+
+
+def _joined(row: Sequence[Encoded]) -> Encoded:
+    """Conversations one after another; the first token of each is not to be learnt."""
+    ids = [token for each in row for token in each.input_ids]
+    labels = [label for each in row for label in (IGNORED, *each.labels[1:])]
+    return Encoded(ids, labels, sum(each.images for each in row))
 
 
 def _fitted(image: Tensor, height: int, width: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,15 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ..processes import gather_in_order
 
+MARKS = " .,;:!?\"'"
+
 
 def normalized(answer: str) -> str:
     """An answer without what makes no difference: case, articles, punctuation at its ends."""
-    words = re.sub(r"\b(a|an|the)\b", " ", answer.lower()).split()
-    return " ".join(words).strip(" .,;:!?\"'")
+    said = answer.lower().strip(MARKS)
+    # Of the answer "A" nothing would be left.
+    words = re.sub(r"\b(a|an|the)\b", " ", said).split() or said.split()
+    return " ".join(words).strip(MARKS)
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -40,7 +43,7 @@ def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
 class AnswerMean(Metric):
     """The mean of a number of each answer, the same however they are spread over processes.
 
-    Nan while there is no answer.
+    Nan is the number of an answer that it does not count, and the mean of none.
     """
 
     full_state_update = False
@@ -56,7 +59,7 @@ class AnswerMean(Metric):
 
     def compute(self) -> Tensor:
         """Their mean, float32."""
-        return dim_zero_cat(self.values).mean().float()
+        return dim_zero_cat(self.values).nanmean().float()
 
 
 class TokenLoss(Metric):
@@ -84,6 +87,3 @@ class TokenLoss(Metric):
     def compute(self) -> Tensor:
         """The mean over all tokens."""
         return (dim_zero_cat(self.sums).sum() / dim_zero_cat(self.counts).sum()).float()
-
-
-Answers = dict[str, Any]

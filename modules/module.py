@@ -78,9 +78,11 @@ class TuningModule(LightningModule):
     Attributes:
         task: Name of the task.
         monitor: The metric that says how good the model is.
+        base_argument: The argument that says where the base comes from.
         drawing: How the task draws its samples, and what the model makes of them.
         commands: What can be done with an adapter besides test and predict, to be told.
         base_names: The arguments that say which base it is.
+        merged: Name of what `litflora merge` writes, as it is told to people.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
         lockstep: Keeps processes together that hold parts of the network; None if there are none.
@@ -88,11 +90,13 @@ class TuningModule(LightningModule):
 
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
+    base_argument: ClassVar[str] = "weights"
     drawing: ClassVar[type[Drawing]]
     commands: ClassVar[dict[str, str]] = {
         "merge": "litflora merge {adapter} --out merged.safetensors"
     }
     base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
+    merged: ClassVar[str] = "merged.safetensors"
     net: nn.Module | None
     tuned: Summary | None = None
     lockstep: Lockstep | None = None
@@ -409,7 +413,7 @@ class TuningModule(LightningModule):
 
     def description(self) -> dict[str, Any]:
         """Class path and plain arguments that make this module again, paths made absolute."""
-        described = describe(self, () if self.weights in _TAGS else ("weights",))
+        described = describe(self, () if self.weights in _TAGS else (self.base_argument,))
         for argument in ("adapter", *_OF_TRAINING):  # a saved adapter stands for itself
             described["init_args"].pop(argument)
         return described
@@ -436,7 +440,7 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     Args:
         folder: The adapter's folder, as written at the end of a fit.
         overrides: Arguments of the module that differ from the saved ones, such as ``weights``
-            when the base has moved.
+            when the base has moved: it stands for the base, whatever the module calls it.
     """
     saved = read_config(folder).get("metadata", {}).get("model")
     if saved is None:
@@ -447,6 +451,8 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     cls = getattr(importlib.import_module(module), name)
     if not (isinstance(cls, type) and issubclass(cls, TuningModule)):  # a stranger's file named it
         raise ValueError(f"adapter {folder} belongs to {saved['class_path']}, no litflora module")
+    if "weights" in overrides:
+        overrides[cls.base_argument] = overrides.pop("weights")
     return instantiate_module(cls, {**saved["init_args"], "adapter": str(folder), **overrides})
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..datamodules.conversations import ASSISTANT, SYSTEM, Turn
@@ -31,11 +32,23 @@ def written(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
     Raises:
         ValueError: The template rewrites what it wrote before, so that there are no such spans.
     """
+    return spoken(partial(_render, tokenizer), turns)
+
+
+def spoken(
+    render: Callable[[Sequence[Turn], bool], str], turns: Sequence[Turn]
+) -> tuple[str, list[Span]]:
+    """A conversation as text, and the spans in it that the assistant says, as `written` gives them.
+
+    Args:
+        render: Writes turns as text, and at the end, if it is asked to, what asks for an answer.
+        turns: The conversation.
+    """
     begun = [i for i, turn in enumerate(turns) if turn.role == ASSISTANT]
     spans, text = [], ""
     for index in begun:
-        before = _render(tokenizer, turns[:index], ask=True)
-        after = _render(tokenizer, turns[: index + 1], ask=False)
+        before = render(turns[:index], True)
+        after = render(turns[: index + 1], False)
         if not (after.startswith(before) and before.startswith(text)):
             raise ValueError(
                 "the tokenizer's chat template writes earlier turns anew when later ones come, so "
@@ -45,7 +58,7 @@ def written(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
         text = after
     if begun and begun[-1] == len(turns) - 1:
         return text, spans
-    return _render(tokenizer, turns, ask=True), spans
+    return render(turns, True), spans
 
 
 def _render(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> str:

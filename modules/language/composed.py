@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, layer_norm
 
 from ..adapters.sharded import is_sharded
 from ..backbones.pyramid import Wrapper
@@ -89,11 +89,15 @@ class VisionLanguageNet(Wrapper):
     def features(self, images: Tensor) -> Tensor:
         """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens.
 
-        Those of several layers follow each other in channels, at the size of the coarsest.
+        Those of several layers follow each other in channels, at the size of the coarsest. A ViT's
+        go through its last norm; those of stages are normed over channels, for stages differ in
+        scale.
         """
         found = self.tower.forward_intermediates(
             images, self.layers, norm=self._norm, output_fmt="NCHW", intermediates_only=True
         )
+        if not self._norm:
+            found = [_normed(each) for each in found]
         size = found[-1].shape[-2:]
         return torch.cat([adaptive_avg_pool2d(each, size) for each in found], 1)
 
@@ -194,6 +198,11 @@ class VisionLanguageNet(Wrapper):
             synced_gpus=is_sharded(self),
             **options,
         )
+
+
+def _normed(features: Tensor) -> Tensor:
+    """Features ``[n, channels, h, w]`` of mean 0 and deviation 1 over channels."""
+    return layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
 
 
 def channels_of(tower: nn.Module, layer: int | Sequence[int]) -> int:

@@ -82,7 +82,6 @@ class TuningModule(LightningModule):
         drawing: How the task draws its samples, and what the model makes of them.
         commands: What can be done with an adapter besides test and predict, to be told.
         base_names: The arguments that say which base it is.
-        merged: Name of what `litflora merge` writes, as it is told to people.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
         lockstep: Keeps processes together that hold parts of the network; None if there are none.
@@ -96,7 +95,6 @@ class TuningModule(LightningModule):
         "merge": "litflora merge {adapter} --out merged.safetensors"
     }
     base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
-    merged: ClassVar[str] = "merged.safetensors"
     net: nn.Module | None
     tuned: Summary | None = None
     lockstep: Lockstep | None = None

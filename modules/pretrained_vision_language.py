@@ -38,7 +38,6 @@ class PretrainedVisionLanguageModule(AnswersModule):
 
     base_argument: ClassVar[str] = "model"
     base_names: ClassVar[tuple[str, ...]] = ("model",)
-    merged: ClassVar[str] = "merged"
     net: PretrainedNet | None
 
     def __init__(

@@ -75,7 +75,7 @@ def test_features_of_several_layers_follow_each_other_in_channels():
     found = made.features(images)
     assert found.shape == (2, 24 + 72, 2, 2)
     normed = [
-        (each - each.mean(1, True)) / (each.var(1, True, unbiased=False) + 1e-5).sqrt()
+        (each - each.mean(1, True)) / (each.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
         for each in every
     ]
     torch.testing.assert_close(found[:, 24:], normed[2])

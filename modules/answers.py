@@ -19,6 +19,8 @@ from .language.encoding import Batch
 from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
 from .module import TuningModule
 
+CONNECTOR_LR = 1e-3  # as LLaVA's first stage has it; tunings' own rates are for what is trained
+
 
 class AnswersModule(TuningModule):
     """A TuningModule whose network has a vision tower, a connector and a language model.
@@ -100,13 +102,14 @@ class AnswersModule(TuningModule):
         return PerModule({name: tuning for part, tuning in tunings for name in parts[part]})
 
     def learning_rates(self) -> dict[str, float]:
-        """Those of tower and language model, where they were given."""
+        """Those of tower and language model, where they were given, and a new connector's own."""
         assert self.net is not None
+        asked = {"lr": self.lr, "head_lr": self.head_lr, "optimizer": self.optimizer_factory}
+        new = self.connector_tuning is None and not any(v is not None for v in asked.values())
+        rates = {**self.part_lrs, "connector": CONNECTOR_LR if new else None}
+        parts = self.net.parts()
         return {
-            name: rate
-            for part, rate in self.part_lrs.items()
-            if rate is not None
-            for name in self.net.parts()[part]
+            name: rate for part, rate in rates.items() if rate is not None for name in parts[part]
         }
 
     def forward(self, batch: Batch) -> Any:
@@ -121,15 +124,23 @@ class AnswersModule(TuningModule):
         return self._told(self.net(**self._generation(prompt)).tokens)
 
     def _generation(self, prompt: Batch) -> dict[str, Any]:
-        """What has the network go on with a prompt, always by the likeliest token."""
+        """What has the network go on with a prompt, always by the likeliest token.
+
+        What a checkpoint brings along for chatting, such as a penalty for repeating a word of the
+        question, is set aside, but for the tokens that it ends at.
+        """
         tokenizer = self.encoder.tokenizer
-        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        ends = _ends(self.net) | {tokenizer.eos_token_id} - {None}
+        pad = tokenizer.pad_token_id
         return {
             "prompt": self.inputs(prompt),
             "max_new_tokens": self.max_new_tokens,
             "do_sample": False,
-            "eos_token_id": end,
-            "pad_token_id": end if pad is None else pad,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "eos_token_id": sorted(ends) or None,
+            "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
         }
 
     def _told(self, tokens: Tensor) -> list[str]:
@@ -154,7 +165,8 @@ class AnswersModule(TuningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss of the tokens that are to be learnt, over all processes."""
         loss = self(batch).loss * self._share(batch["labels"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        size, together = len(batch["input_ids"]), self.trainer.world_size > 1
+        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=together)
         return loss
 
     def _share(self, labels: Tensor) -> Tensor | float:
@@ -214,6 +226,17 @@ class AnswersModule(TuningModule):
             metric.reset()
             if not value.isnan():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "exact")
+
+
+def _ends(net: nn.Module | None) -> set[int]:
+    """The tokens that the network's language model ends at by its own configuration."""
+    assert net is not None
+    found: set[int] = set()
+    for module in net.modules():
+        config = getattr(module, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return found
 
 
 def _metrics() -> nn.ModuleDict:

@@ -62,7 +62,7 @@ class VisionLanguageNet(Wrapper):
         _check_widths(channels_of(tower, layer), connector, language_model)
         self.layers = _indices(tower, layer)
         # What comes after would have no gradient, and processes would wait for it.
-        self._norm = hasattr(tower, "norm")
+        self._norm = any(True for _ in getattr(tower, "norm", nn.Identity()).parameters())
         tower.prune_intermediate_layers(self.layers, prune_norm=not self._norm)
         self.tower = tower
         self.connector = connector

@@ -47,7 +47,8 @@ def language_model(
 
 def _without_weights(name: str, config: Any) -> nn.Module:
     """A model whose weights stay in its files, of which each process reads its part later."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
     waiting = deferred()
     assert waiting is not None
@@ -62,6 +63,9 @@ def _without_weights(name: str, config: Any) -> nn.Module:
             f"its files have no {lost[0]}: load it and save it with this transformers, so that "
             "they have the model's own names"
         )
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    if cached_file(name, GENERATION_CONFIG_NAME, **optional) is not None:
+        net.generation_config = GenerationConfig.from_pretrained(name)
     return net
 
 

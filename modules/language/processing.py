@@ -102,23 +102,16 @@ class ProcessorEncoder:
     def written(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text before images are written out, and the spans that the assistant says.
 
-        A template that writes no end after the last answer, as that of LLaVA-1.5, would teach no
-        answer to end: the tokenizer's own end is put there.
-
         Raises:
             ValueError: The text has other numbers of images than the conversation; names it.
         """
-        text, spans = spoken(self._render, conversation.turns)
+        text, spans = spoken(self._render, conversation.turns, self.tokenizer.eos_token or "")
         count = text.count(self.processor.image_token)
         if count != len(conversation.images):
             raise ValueError(
                 f"conversation {conversation.id} has {len(conversation.images)} image(s), and the "
                 f"chat template writes {count} {self.processor.image_token} for them"
             )
-        end = self.tokenizer.eos_token
-        if conversation.turns[-1].role == ASSISTANT and end and end not in text[spans[-1][0] :]:
-            text = text.rstrip() + end
-            spans[-1] = (spans[-1][0], len(text))
         return text, spans
 
     def _render(self, turns: Sequence[Turn], ask: bool) -> str:

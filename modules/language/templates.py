@@ -32,33 +32,52 @@ def written(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
     Raises:
         ValueError: The template rewrites what it wrote before, so that there are no such spans.
     """
-    return spoken(partial(_render, tokenizer), turns)
+    return spoken(partial(_render, tokenizer), turns, tokenizer.eos_token or "")
 
 
 def spoken(
-    render: Callable[[Sequence[Turn], bool], str], turns: Sequence[Turn]
+    render: Callable[[Sequence[Turn], bool], str], turns: Sequence[Turn], end: str
 ) -> tuple[str, list[Span]]:
     """A conversation as text, and the spans in it that the assistant says, as `written` gives them.
+
+    A template that writes nothing after an answer, as that of LLaVA-1.5, would teach no answer to
+    end: the end is put there. Blanks that a template writes after an answer are not learnt.
 
     Args:
         render: Writes turns as text, and at the end, if it is asked to, what asks for an answer.
         turns: The conversation.
+        end: What ends an answer that the template does not end.
     """
-    begun = [i for i, turn in enumerate(turns) if turn.role == ASSISTANT]
-    spans, text = [], ""
-    for index in begun:
-        before = render(turns[:index], True)
-        after = render(turns[: index + 1], False)
-        if not (after.startswith(before) and before.startswith(text)):
-            raise ValueError(
-                "the tokenizer's chat template writes earlier turns anew when later ones come, so "
-                "that nobody can tell what the assistant says: set another chat_template"
-            )
-        spans.append((len(before), len(after)))
-        text = after
-    if begun and begun[-1] == len(turns) - 1:
+    text, spans, done = "", [], ""
+    for index, turn in enumerate(turns):
+        if turn.role == ASSISTANT:
+            before = _following(render(turns[:index], True), done)
+            answer = _following(render(turns[: index + 1], False), done + before)
+            said, blanks = _ended(answer, turn.text, end)
+            begin = len(text) + len(before)
+            spans.append((begin, begin + len(said)))
+            text += before + said + blanks
+            done += before + answer
+    if turns and turns[-1].role == ASSISTANT:
         return text, spans
-    return render(turns, True), spans
+    return text + _following(render(turns, True), done), spans
+
+
+def _following(text: str, before: str) -> str:
+    """What a text goes on with."""
+    if not text.startswith(before):
+        raise ValueError(
+            "the tokenizer's chat template writes earlier turns anew when later ones come, so that "
+            "nobody can tell what the assistant says: set another chat_template"
+        )
+    return text[len(before) :]
+
+
+def _ended(answer: str, said: str, end: str) -> tuple[str, str]:
+    """An answer as the template writes it, with an end, and the blanks that follow it."""
+    written = answer.rstrip()
+    rest = written.rpartition(said.strip())[2] if said.strip() else written
+    return (written, answer[len(written) :]) if rest else (written + end, "")
 
 
 def _render(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> str:

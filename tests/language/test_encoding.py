@@ -207,3 +207,28 @@ BARE = (
 def test_conversations_that_cannot_be_learnt(given, message):
     with pytest.raises(ValueError, match=message):
         given.check()
+
+
+def test_an_answer_ends_where_the_template_writes_no_end():
+    """As the template that comes with LLaVA-1.5, which writes a blank between turns."""
+    blanks = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    own = encoder(blanks)
+    assert shown(own, own.encode(TURNS)) == (
+        "user: <image><image>\nWhat? assistant:[ A cat</s>]user: Where? assistant:[ Here</s>]"
+    )
+    said = own.tokenizer.decode(own.prompt(TURNS.question()).input_ids)
+    assert said.endswith("assistant: A cat</s>user: Where? assistant:")
+
+
+def test_blanks_that_a_template_writes_after_an_answer_are_not_learnt():
+    lines = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    own = encoder(lines)
+    assert shown(own, own.encode(SECOND)).startswith(
+        "<|user|>Hi</s>\n<|assistant|>[Yes</s>]\n<|user|>See: "
+    )

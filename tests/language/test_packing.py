@@ -149,7 +149,7 @@ def test_the_first_token_of_a_sample_is_no_label_of_the_one_before() -> None:
     told = [Conversation(text, (Turn(USER, ""), Turn(ASSISTANT, text))) for text in ("abc", "de")]
     batch = Encoder(tokenizer, 4, 10, (SIDE, SIDE)).packed_batch(told)
     learnt = [tokenizer.decode([t]) if t >= 0 else "-" for t in batch["labels"][0].tolist()]
-    assert "".join(learnt) == "-bc-e"
+    assert "".join(learnt) == "-bc</s>-e</s>"
 
 
 def test_attention_that_would_add_the_mask_to_scores_is_refused() -> None:

@@ -63,27 +63,27 @@ CASES: list[tuple[str, Conversation, str, str]] = [
     (
         "llava",
         talk("Hi", "yo", "<image>\n<image>\nSame?", "no", system="Be brief."),
-        "Be brief. USER: Hi ASSISTANT: yo USER: [16]\n[16]\nSame? ASSISTANT: no</s>",
-        " yo  no</s>",
+        "Be brief. USER: Hi ASSISTANT: yo</s>USER: [16]\n[16]\nSame? ASSISTANT: no</s>",
+        " yo</s> no</s>",
     ),
     ("llava", talk("Hi", "yo"), "USER: Hi ASSISTANT: yo</s>", " yo</s>"),
     (
         "qwen2_vl",
         talk("<image>\nWhat?", "a cat"),
         f"{ASK}{QWEN}What?{END}{ANSWER}a cat{END}",
-        f"a cat{END}",
+        f"a cat{END.strip()}",
     ),
     (
         "qwen2_vl",
         talk("Hi", "yo", "See\n<image>\nand\n<image>", "no"),
         f"{ASK}Hi{END}{ANSWER}yo{END}{ASK}See{QWEN}and{QWEN}{END}{ANSWER}no{END}",
-        f"yo{END}no{END}",
+        f"yo{END.strip()}no{END.strip()}",
     ),
     (
         "internvl",
         talk("<image>\nWhat?", "a cat é"),
         f"{ASK}<img>[1]</img>What?{END}{ANSWER}a cat é{END}",
-        f"a cat é{END}",
+        f"a cat é{END.strip()}",
     ),
 ]
 

@@ -1,6 +1,7 @@
 """Questions about drawn scenes, answered by a tiny model: training, files and mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -205,3 +206,52 @@ def test_a_language_model_without_an_image_token_gets_one(language_folder):
 def test_mistakes_are_told_before_training(options, message):
     with pytest.raises(ValueError, match=message):
         module(**options).encoder  # noqa: B018  (the data ask for it first)
+
+
+def test_tied_embeddings_keep_their_type(language_folder):
+    made = module(
+        language_model=str(language_folder),
+        language_options=None,
+        language_tuning=LoRA(),
+        base_dtype="bfloat16",
+    )
+    made.configure_model()
+    told = made.net.language_model
+    assert told.lm_head.weight is told.get_input_embeddings().weight
+    assert told.lm_head.weight.dtype == torch.float32
+    assert told.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_a_checkpoint_brings_for_chatting_changes_no_answer(language_folder, tmp_path):
+    from transformers import GenerationConfig
+
+    shutil.copytree(language_folder, tmp_path / "chatty")
+    config = GenerationConfig(repetition_penalty=9.0, do_sample=True, eos_token_id=[2, 7])
+    config.save_pretrained(tmp_path / "chatty")
+    answers = []
+    for folder in (language_folder, tmp_path / "chatty"):
+        made = module(language_model=str(folder), language_options=None, language_tuning=Frozen())
+        torch.manual_seed(0)
+        made.configure_model()
+        made.eval()
+        data = questions()
+        data.encoder = made.encoder
+        data.setup("test")
+        (batch,) = data.test_dataloader()
+        answers.append(made.net(**made._generation(batch["prompt"])).tokens)
+    assert torch.equal(*answers)
+    assert made._generation(batch["prompt"])["eos_token_id"] == [2, 7]
+
+
+def test_a_new_connector_has_a_rate_of_its_own(tmp_path):
+    rates = {}
+    for name, tuning in {"FLoRA": FLoRA(), "Full": Full(), "LoRA": LoRA()}.items():
+        made = module(tower_tuning=tuning)
+        trainer = fit(made, tmp_path, steps=1, limit_val_batches=0)
+        own = set(map(id, made.net.connector.parameters()))
+        rates[name] = {
+            group["initial_lr"]
+            for group in trainer.optimizers[0].param_groups
+            if own & set(map(id, group["params"]))
+        }
+    assert rates == {name: {1e-3} for name in rates}

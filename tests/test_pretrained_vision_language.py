@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -134,6 +135,32 @@ def test_parts_are_found_and_only_blocks_are_adapted(folders: dict[str, Path], k
     connector = PARTS[kind]["connector"][0]
     inside = {n for n, _ in module.net.named_parameters() if n.startswith(f"{connector}.")}
     assert whole == inside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_follow_each_other_from_the_stem_to_the_output(
+    folders: dict[str, Path], kind: str
+) -> None:
+    net = tuned(folders[kind]).net
+    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    found: dict[int, set[str]] = {}
+    for name, layer in layers.items():
+        found.setdefault(layer, set()).add(name)
+    ours = PARTS[kind]
+    stems = ("patch_embed", "embeddings", "pre_layrnorm")
+    assert all(any(stem in name for stem in stems) for name in found[0])
+    assert all("connector" in part_of(n, ours) or "norm" in n for n in found[3])
+    assert {n.split(".")[-2] for n in found[4]} == {"embed_tokens"}
+    numbers = [{n.split("layers.")[1][0] for n in found[layer]} for layer in (5, 6)]
+    assert numbers == [{"0"}, {"1"}]
+    ends = {n.split(".")[-2] for n in found[7]}
+    assert ends == ({"norm"} if kind == "internvl" else {"norm", "lm_head"})  # which is tied there
+    assert len(found) == 8
+    assert all(part_of(n, ours) == "tower" for layer in range(3) for n in found[layer])
+
+
+def part_of(name: str, parts: Part) -> str:
+    return next(part for part, modules in parts.items() if is_inside(name, modules))
 
 
 def test_stem_and_output_layer_are_adapted_where_they_are_named(folders: dict[str, Path]) -> None:

@@ -58,9 +58,11 @@ class ConversationDrawing(Drawing):
         show_image(axes[0], image)
         accepted = target.accepted()
         asked = [(turn.text, BLACK) for turn in target.question().turns]
-        answers = " | ".join(dict.fromkeys(accepted))  # ten people say much the same
-        write(axes[1], [*asked, (answers, RIGHT.color)])
-        if are_sentences(accepted, target.closed):  # of which hardly one is said word by word
+        answers = list(dict.fromkeys(accepted))  # ten people say much the same
+        sentences = are_sentences(accepted, target.closed)
+        right = answers if sentences else [" | ".join(answers)]
+        write(axes[1], [*asked, *((text, RIGHT.color) for text in right)])
+        if sentences:  # of which hardly one is said word by word
             write(axes[2], [(found or NOTHING, BLACK)])
             return {RIGHT}
         write(axes[2], [(found or NOTHING, (RIGHT if is_exact(found, accepted) else WRONG).color)])

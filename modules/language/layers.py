@@ -26,11 +26,16 @@ def block_lists(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and any(type(child).__name__ in kinds for child in module)
+        and any(not kinds.isdisjoint(_class_names(child)) for child in module)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} names no blocks in _no_split_modules")
     return found
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    """Also of what it derives from: blocks that are checkpointed or sharded have their own class."""
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def inside(names: Iterable[str]) -> Patterns:

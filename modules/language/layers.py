@@ -34,7 +34,7 @@ def block_lists(model: nn.Module) -> list[str]:
 
 
 def _class_names(module: nn.Module) -> set[str]:
-    """Also of what it derives from: blocks that are checkpointed or sharded have their own class."""
+    """Also of what it derives from: a block that is checkpointed has a class of its own."""
     return {kind.__name__ for kind in type(module).__mro__}
 
 

@@ -35,7 +35,7 @@ class MergedFolder:
             FileNotFoundError: They name a folder that lacks a part, or nothing that is there.
         """
         path = Path(weights or "").expanduser()
-        if weights in (None, *NAMED) or path.is_file():
+        if not weights or weights in NAMED or path.is_file():
             return None
         if not path.is_dir():
             raise FileNotFoundError(

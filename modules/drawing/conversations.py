@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, ClassVar
+from unicodedata import category
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def write(axis: Axes, pieces: Sequence[tuple[str, Color]]) -> None:
         lines = [*lines[: LINES - 1], ("…", BLACK)]
     for number, (line, color) in enumerate(lines):
         text = axis.annotate(
-            line,
+            _drawable(line),
             (0, 1),
             (0, -LEADING * number),
             xycoords="axes fraction",
@@ -106,3 +107,8 @@ def write(axis: Axes, pieces: Sequence[tuple[str, Color]]) -> None:
             parse_math=False,  # a price is no formula
         )
         text.set_in_layout(False)  # else the pictures would give way to it
+
+
+def _drawable(line: str) -> str:
+    """The line with a sign for what no font has: a model whose tokens are bytes says anything."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(c) == "Cc" else c for c in line)

@@ -98,6 +98,12 @@ def test_the_answer_is_that_of_the_question_alone():
     assert said == repr(["<image>\nA cat?", "yes", "And <image>?"])
 
 
+def test_what_no_font_has_gets_a_sign():
+    axis = Figure().subplots()
+    write(axis, [("a\x03 b\x1f", (0, 0, 0))])
+    assert [text for text, _ in written(axis)] == ["a\ufffd b\ufffd"]
+
+
 def test_long_texts_are_cut_off():
     axis = Figure().subplots()
     write(axis, [("word " * 300, (0, 0, 0))])

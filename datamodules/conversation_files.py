@@ -110,7 +110,9 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
 
     def _conversations(self, name: str) -> Sequence[Conversation]:
         if name == "predict" and self.predict_root is not None:
-            return [self._asked(path) for path in images_to_predict(self.predict_root)]
+            folder = Path(self.predict_root)
+            paths = images_to_predict(self.predict_root)
+            return [self._asked(path.relative_to(folder).as_posix(), path) for path in paths]
         if name == "predict":
             known = "predict" if "predict" in self.sources() else "test"
             return Unanswered(self._split(known))
@@ -145,9 +147,9 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
             parts["val" if number in held else "train"].append(index)
         return {name: Subset(found, indices) for name, indices in parts.items()}  # type: ignore[arg-type, misc]
 
-    def _asked(self, path: Path) -> Conversation:
+    def _asked(self, own: str, path: Path) -> Conversation:
         turn = Turn(USER, f"{IMAGE}\n{self.question}{self.ending}")
-        return Conversation(str(path), (turn,), (path,))
+        return Conversation(own, (turn,), (path,))
 
     def _flaws(self, paths: Mapping[Any, None]) -> dict[Any, str]:
         """What is wrong with images, by their paths; broken ones are found only to skip them."""

@@ -14,9 +14,9 @@ from .adapters import PerModule, Tuning
 from .callbacks import AnswerWriter, Gallery
 from .datamodules.conversations import Conversation
 from .drawing import ConversationDrawing, Drawing
-from .language.composed import token_loss
 from .language.encoding import Batch
 from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
+from .language.output import token_loss
 from .module import TuningModule
 
 CONNECTOR_LR = 1e-3  # as LLaVA's first stage has it; tunings' own rates are for what is trained

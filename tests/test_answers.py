@@ -210,6 +210,8 @@ def test_a_folder_that_is_no_merged_one(made, tmp_path):
     (tmp_path / "half" / "connector.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks connector"):
         VisionLanguageModule("convnext_shapes", weights=str(tmp_path / "half"), layer=-2)
+    with pytest.raises(FileNotFoundError, match="gone are neither a folder"):
+        VisionLanguageModule("convnext_shapes", weights=str(tmp_path / "gone"), layer=-2)
     options = {"weights": str(made / "merged"), "layer": -2, "connector": "linear"}
     with pytest.raises(ValueError, match="is of another one: give tower"):
         VisionLanguageModule("convnext_shapes", **options).configure_model()

@@ -1,6 +1,7 @@
 """Conversations of files through the command line: fit, predict, and two processes."""
 
 import csv
+import json
 import math
 
 import pytest
@@ -56,6 +57,45 @@ def test_fit_on_packed_rows_and_predict_a_folder(tmp_path):
     assert "predict_root and question go together" in refused.err
     told = litflora(*predict, "--data.init_args.question", "What is this?")
     assert told.code == 0, told.err
+
+
+SCALED = {"vqa_rad": "VQA_RAD", "coco_captions": "coco"}
+PHOTOS = {"vqa_rad": "VQA_RAD/VQA_RAD Image Folder", "coco_captions": "coco/val2017"}
+FEW = ("--trainer.limit_test_batches=2", "--trainer.limit_predict_batches=2")
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_real_data_train_evaluate_and_predict(name, shared_data, tmp_path):
+    """A tower of ImageNet, and a language model from scratch: nobody expects right answers."""
+    model = {**MODEL, "tower": "vit_tiny_patch16_224", "tower_tuning": "litflora.adapters.FLoRA"}
+    model["weights"] = shared_data / "weights" / "vit_tiny_patch16_224.safetensors"
+    data = {"root": shared_data / SCALED[name], "batch_size": 4, "eval_batch_size": 4}
+    data["num_workers"] = 0
+    given = [f"--model.init_args.{key}={value}" for key, value in model.items()]
+    given += [f"--data.init_args.{key}={value}" for key, value in data.items()]
+    small = ("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1")
+    where = f"--trainer.default_root_dir={tmp_path}"
+    recipe = ("--config", f"vision_language/{name}")
+    fit = litflora("fit", *recipe, *given, *SMALL, *TRAINER, *small, where)
+    assert fit.code == 0, fit.err
+    run = tmp_path / "vision_language" / name / "version_0"
+    assert all(map(math.isfinite, losses(run)))
+    adapter = ("--adapter", run / "adapter", *SMALL[:-2], *FEW)
+    test = litflora("test", *adapter)
+    assert test.code == 0, test.err
+    assert ("test/bleu" in test.out, "test/exact_closed" in test.out) == (
+        name == "coco_captions",
+        name == "vqa_rad",
+    )
+    asked = ("--data.init_args.question", "What is this?", where)
+    folder = ("--data.init_args.predict_root", shared_data / PHOTOS[name])
+    predict = litflora("predict", *adapter, *folder, *asked)
+    assert predict.code == 0, predict.err
+    (path,) = tmp_path.rglob("answers.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 8
+    assert all(line["question"].startswith("What is this?") for line in lines)
+    assert all(line["image"] == str(shared_data / PHOTOS[name] / line["id"]) for line in lines)
 
 
 def test_two_processes_train_on_images_and_texts(tmp_path):

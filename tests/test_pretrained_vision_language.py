@@ -7,27 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from llava_parameters import llava_7b, table, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
 )
 
 from litflora import PretrainedVisionLanguageModule, from_adapter
-from litflora.adapters import FLoRA, Frozen, Full, LoRA, PerModule, Tuning, inject, merge, save
+from litflora.adapters import FLoRA, Frozen, Full, LoRA, merge, save
 from litflora.adapters.targets import is_inside
-from litflora.backbones import with_targets
 from litflora.callbacks import AdapterFolder
 from litflora.datamodules import ShapesQuestionsDataModule
 from litflora.datamodules.conversations import Conversation, Turn
-from litflora.language.part_tunings import part_tunings
-from litflora.language.pretrained import PretrainedNet
 from tests.checkpoints import KINDS, save_checkpoint
 from tests.shell import litflora
 from tests.tiny import trainer
@@ -134,6 +129,41 @@ def test_parts_are_found_and_only_blocks_are_adapted(folders: dict[str, Path], k
     connector = PARTS[kind]["connector"][0]
     inside = {n for n, _ in module.net.named_parameters() if n.startswith(f"{connector}.")}
     assert whole == inside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_the_same_when_blocks_are_checkpointed(
+    folders: dict[str, Path], kind: str
+) -> None:
+    module = tuned(folders[kind], activation_checkpointing="blocks")
+    assert module.net.parts() == PARTS[kind]
+    assert module.net.group_matcher() == tuned(folders[kind]).net.group_matcher()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_follow_each_other_from_the_stem_to_the_output(
+    folders: dict[str, Path], kind: str
+) -> None:
+    net = tuned(folders[kind]).net
+    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    found: dict[int, set[str]] = {}
+    for name, layer in layers.items():
+        found.setdefault(layer, set()).add(name)
+    ours = PARTS[kind]
+    stems = ("patch_embed", "embeddings", "pre_layrnorm")
+    assert all(any(stem in name for stem in stems) for name in found[0])
+    assert all("connector" in part_of(n, ours) or "norm" in n for n in found[3])
+    assert {n.split(".")[-2] for n in found[4]} == {"embed_tokens"}
+    numbers = [{n.split("layers.")[1][0] for n in found[layer]} for layer in (5, 6)]
+    assert numbers == [{"0"}, {"1"}]
+    ends = {n.split(".")[-2] for n in found[7]}
+    assert ends == ({"norm"} if kind == "internvl" else {"norm", "lm_head"})  # which is tied there
+    assert len(found) == 8
+    assert all(part_of(n, ours) == "tower" for layer in range(3) for n in found[layer])
+
+
+def part_of(name: str, parts: Part) -> str:
+    return next(part for part, modules in parts.items() if is_inside(name, modules))
 
 
 def test_stem_and_output_layer_are_adapted_where_they_are_named(folders: dict[str, Path]) -> None:
@@ -331,20 +361,6 @@ def test_what_gives_no_features_does_not_train(folders: dict[str, Path]) -> None
             assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
 
 
-def llava_7b() -> PretrainedNet:
-    clip = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    config = LlavaConfig(vision_config=clip, text_config=LlamaConfig(vocab_size=32064))
-    with torch.device("meta"):
-        return PretrainedNet(LlavaForConditionalGeneration(config))
-
-
 def test_llava_7b_on_the_meta_device() -> None:
     net = llava_7b()
     assert net.parts() == PARTS["llava"]
@@ -361,19 +377,12 @@ def test_llava_7b_on_the_meta_device() -> None:
     cores = {"language_model": 32 * 7, "tower": 23 * 6}
     for tuning, core in ((LoRA(rank=128), 0), (FLoRA(rank=64), 64 * 64)):
         expected = {part: sides[part] * tuning.rank + cores[part] * core for part in sides}
-        assert deltas(llava_7b(), tuning) == expected
+        connector = 1024 * 4096 + 4096 * 4096 + 2 * 4096
+        net = llava_7b()
+        assert trained(net, tuning) == {**expected, "connector": connector}
+        assert all(p.is_meta for p in net.parameters())
 
 
-def deltas(net: PretrainedNet, tuning: Tuning) -> dict[str, int]:
-    """Parameters of the deltas in tower and language model, with the default targets."""
-    found: dict[str, Tuning] = {}
-    for part in ("tower", "language_model"):
-        found |= part_tunings(net, part, tuning)
-    parts = net.parts()
-    inject(net, with_targets(net, PerModule(found)), train=parts["connector"])
-    assert all(p.is_meta for p in net.parameters())
-    sizes = {n: p.numel() for n, p in net.named_parameters() if ".adapters." in n}
-    return {
-        part: sum(size for name, size in sizes.items() if is_inside(name, parts[part]))
-        for part in ("tower", "language_model")
-    }
+def test_the_table_of_the_guide_is_what_the_benchmark_prints() -> None:
+    guide = Path(__file__).resolve().parents[1] / "docs" / "vision_language.md"
+    assert table() in guide.read_text()

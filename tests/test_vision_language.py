@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from litflora import FLoRA, Frozen, Full, LoRA, VisionLanguageModule
-from litflora.adapters import BitFit
+from litflora.adapters import BitFit, save
 from litflora.callbacks import AdapterFolder
 from litflora.datamodules import ShapesQuestionsDataModule
 from litflora.language.language_models import tokenizer_of
@@ -158,6 +158,18 @@ def test_another_base_is_refused_by_both_names(adapter, tmp_path):
         other.configure_model()
     assert str(tmp_path) in str(error.value)
     assert made.language_model in str(error.value)
+
+
+def test_an_adapter_of_a_tower_of_another_width(tmp_path):
+    options = {"weights": None, "tower_tuning": LoRA(rank=2), "language_tuning": Full()}
+    made = VisionLanguageModule("test_vit", img_size=32, language_options=SMALL, **options)
+    made.configure_model()
+    save(made.net, tmp_path / "adapter", metadata=made.metadata())
+    other = from_adapter(tmp_path / "adapter", tower="test_vit3")
+    with pytest.raises(ValueError, match="tower") as error:
+        other.configure_model()
+    assert "64" in str(error.value)
+    assert "96" in str(error.value)
 
 
 def test_metrics_of_a_test(adapter, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, ClassVar
+from unicodedata import category
 
 import torch
 from torch import Tensor
@@ -58,9 +59,11 @@ class ConversationDrawing(Drawing):
         show_image(axes[0], image)
         accepted = target.accepted()
         asked = [(turn.text, BLACK) for turn in target.question().turns]
-        answers = " | ".join(dict.fromkeys(accepted))  # ten people say much the same
-        write(axes[1], [*asked, (answers, RIGHT.color)])
-        if are_sentences(accepted, target.closed):  # of which hardly one is said word by word
+        answers = list(dict.fromkeys(accepted))  # ten people say much the same
+        sentences = are_sentences(accepted, target.closed)
+        right = answers if sentences else [" | ".join(answers)]
+        write(axes[1], [*asked, *((text, RIGHT.color) for text in right)])
+        if sentences:  # of which hardly one is said word by word
             write(axes[2], [(found or NOTHING, BLACK)])
             return {RIGHT}
         write(axes[2], [(found or NOTHING, (RIGHT if is_exact(found, accepted) else WRONG).color)])
@@ -93,7 +96,7 @@ def write(axis: Axes, pieces: Sequence[tuple[str, Color]]) -> None:
         lines = [*lines[: LINES - 1], ("…", BLACK)]
     for number, (line, color) in enumerate(lines):
         text = axis.annotate(
-            line,
+            _drawable(line),
             (0, 1),
             (0, -LEADING * number),
             xycoords="axes fraction",
@@ -104,3 +107,8 @@ def write(axis: Axes, pieces: Sequence[tuple[str, Color]]) -> None:
             parse_math=False,  # a price is no formula
         )
         text.set_in_layout(False)  # else the pictures would give way to it
+
+
+def _drawable(line: str) -> str:
+    """The line with a sign for what no font has: a model whose tokens are bytes says anything."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(c) == "Cc" else c for c in line)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d, layer_norm
 from ..adapters.sharded import is_sharded
 from ..backbones.pyramid import Wrapper
 from .connectors import Connector
-from .encoding import IGNORED
-
-# timm's word for the part of a network that is one layer deep in learning rates and sharding.
-LAYER = r"\.(\d+)"
-
-
-class Output(NamedTuple):
-    """What a call gives.
-
-    Attributes:
-        loss: Mean over the tokens that are learnt, None without labels.
-        logits: ``[batch, length, vocabulary]``, None if there was nothing but a prompt.
-        tokens: What a prompt is gone on with, None without one.
-    """
-
-    loss: Tensor | None
-    logits: Tensor | None
-    tokens: Tensor | None = None
+from .layers import block_lists, inside, language_groups
+from .output import Output, token_loss
 
 
 class VisionLanguageNet(Wrapper):
@@ -78,13 +62,13 @@ class VisionLanguageNet(Wrapper):
         return {name: [name] for name in ("tower", "connector", "language_model")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of the layers of the tower and of the language model, in this order."""
-        groups = super().group_matcher(coarse=coarse)
-        blocks = groups["blocks"]
-        own = [(blocks, None)] if isinstance(blocks, str) else list(blocks or ())
-        lists = language_blocks(self.language_model)
-        layers = [rf"^language_model\.{name}{'' if coarse else LAYER}" for name in lists]
-        return {**groups, "blocks": [*own, *((pattern, None) for pattern in layers)]}
+        """Patterns of the layers of tower, connector and language model, in this order."""
+        lists = [f"language_model.{name}" for name in block_lists(self.language_model)]
+        return {
+            **super().group_matcher(coarse=coarse),
+            "connector": inside(["tower", "connector"]),  # and what follows the tower's blocks
+            **language_groups(self, "language_model", lists, coarse),
+        }
 
     def features(self, images: Tensor) -> Tensor:
         """Features ``[n, channels, h, w]`` of normalised images, without prefix tokens.
@@ -225,19 +209,6 @@ def _indices(tower: nn.Module, layer: int | Sequence[int]) -> list[int]:
     return sorted({index % depth for index in asked})
 
 
-def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of each next token that is to be learnt.
-
-    Args:
-        logits: ``[batch, length, vocabulary]``.
-        labels: ``[batch, length]``, -100 where nothing is to be learnt.
-        reduction: ``mean``, or ``none``: of each of the ``batch * (length - 1)`` tokens.
-    """
-    following = labels[:, 1:].reshape(-1)
-    told = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(told, following, ignore_index=IGNORED, reduction=reduction)
-
-
 def check_masks(language_model: nn.Module) -> None:
     """Raises unless a mask of tokens that see each other is heeded; others add it to the scores."""
     attends = language_model.config._attn_implementation
@@ -246,24 +217,6 @@ def check_masks(language_model: nn.Module) -> None:
             f"packed rows need attention 'sdpa', and {type(language_model).__name__} has "
             f"{attends!r}: set pack: false"
         )
-
-
-def language_blocks(model: nn.Module) -> Iterator[str]:
-    """Names of the lists that hold a language model's blocks, of what transformers splits at.
-
-    Raises:
-        ValueError: There are none.
-    """
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    found = [
-        name.replace(".", r"\.")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and any(type(child).__name__ in kinds for child in module)
-    ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} names no blocks in _no_split_modules")
-    return iter(found)
 
 
 def _check_widths(channels: int, connector: Connector, language_model: nn.Module) -> None:

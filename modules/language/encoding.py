@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from ..datamodules.conversations import IMAGE, Conversation
+from .fitting import fitted
 from .packing import places, rows_of
 from .templates import written
 
 IGNORED = -100  # the label of a token that is not to be learnt, as transformers has it
-GREY = 127
 
 Batch = dict[str, Any]
 
@@ -185,10 +183,7 @@ class Encoder:
 
     def images(self, images: Sequence[Any]) -> Tensor:
         """Images of any size as one tensor ``[n, 3, h, w]``, uint8, resized to fit and padded."""
-        height, width = self.image_size
-        if not images:
-            return torch.zeros(0, 3, height, width, dtype=torch.uint8)
-        return torch.stack([_fitted(image, height, width) for image in images])
+        return fitted(images, *self.image_size)
 
     def padded(self, rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
         """Rows of ids in one tensor ``[rows, longest]``."""
@@ -224,19 +219,6 @@ def _joined(row: Sequence[Encoded]) -> Encoded:
     ids = [token for each in row for token in each.input_ids]
     labels = [label for each in row for label in (IGNORED, *each.labels[1:])]
     return Encoded(ids, labels, sum(each.images for each in row))
-
-
-def _fitted(image: Tensor, height: int, width: int) -> Tensor:
-    """An image as large as fits, in the middle of grey: LLaVA-1.5 pads, and cuts nothing off."""
-    if image.shape[-2:] == (height, width):
-        return image
-    scale = min(height / image.shape[-2], width / image.shape[-1])
-    sides = [max(1, round(scale * side)) for side in image.shape[-2:]]
-    resized = resize(image, sides, InterpolationMode.BICUBIC, antialias=True)
-    fitted = image.new_full((image.shape[0], height, width), GREY)
-    top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
-    fitted[:, top : top + sides[0], left : left + sides[1]] = resized
-    return fitted
 
 
 def image_token_of(tokenizer: Any) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 TOWER, CONNECTOR = "tower.safetensors", "connector.safetensors"
 LANGUAGE_MODEL = "language_model"
+NAMED = ("pretrained", "embedded")  # weights that are no path
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,16 @@ class MergedFolder:
         """The folder that weights name; None if they name none.
 
         Raises:
-            FileNotFoundError: They name a folder that lacks a part.
+            FileNotFoundError: They name a folder that lacks a part, or nothing that is there.
         """
         path = Path(weights or "").expanduser()
-        if not weights or not path.is_dir():
+        if not weights or weights in NAMED or path.is_file():
             return None
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"weights {path} are neither a folder that `litflora merge` has written nor a "
+                "file: give one of these, 'pretrained', or null"
+            )
         lacking = [n for n in (TOWER, CONNECTOR, LANGUAGE_MODEL) if not (path / n).exists()]
         if lacking:
             raise FileNotFoundError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..adapters.sharded import is_sharded
 from ..adapters.targets import is_inside
-from .composed import LAYER, Output, language_blocks, token_loss
+from .layers import block_lists, inside, language_groups, numbered
+from .output import Output, token_loss
 
 
 class PretrainedNet(nn.Module):
@@ -78,7 +79,16 @@ class PretrainedNet(nn.Module):
         return any(is_inside(own, [name]) for own in self._lists())
 
     def _lists(self) -> list[str]:
-        return [f"model.{name}".replace("\\.", ".") for name in language_blocks(self.model)]
+        return [f"model.{name}" for name in block_lists(self.model)]
+
+    def _around_blocks(self) -> tuple[list[str], str, list[str]]:
+        """Modules of the tower's first before its list of blocks, that list, and those after."""
+        tower = self.parts()["tower"][0]
+        blocks = next(name for name in self._lists() if is_inside(name, [tower]))
+        names = [name for name, _ in self.get_submodule(tower).named_modules(prefix=tower)]
+        at = names.index(blocks)
+        before = [name for name in names[:at] if not is_inside(blocks, [name])]
+        return before, blocks, [name for name in names[at:] if not is_inside(name, [blocks])]
 
     def unread(self) -> list[str]:
         """Modules of the tower after the layer whose features are taken, as LLaVA's last block.
@@ -86,16 +96,12 @@ class PretrainedNet(nn.Module):
         They would have no gradient, and processes would wait for it.
         """
         taken = getattr(self.model.config, "vision_feature_layer", None)
-        (tower,) = self.parts()["tower"][:1]
-        blocks = next(name for name in self._lists() if is_inside(name, [tower]))
+        _, blocks, after = self._around_blocks()
         depth = len(self.get_submodule(blocks))
         layers = taken if isinstance(taken, list | tuple) else [-1 if taken is None else taken]
         last = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
         if last == depth:
             return []
-        inner = blocks.removeprefix(f"{tower}.").partition(".")[0]
-        names = [name for name, child in self.get_submodule(tower).named_children()]
-        after = [f"{tower}.{name}" for name in names[names.index(inner) + 1 :]]
         return [*(f"{blocks}.{index}" for index in range(last, depth)), *after]
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
@@ -103,9 +109,17 @@ class PretrainedNet(nn.Module):
         return tuple(map(self.get_submodule, self.parts()["connector"]))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of the blocks of tower and language model; all other names count as the head."""
-        patterns = [f"^{name}".replace(".", r"\.") for name in self._lists()]
-        return {"blocks": [(pattern + ("" if coarse else LAYER), None) for pattern in patterns]}
+        """Patterns of the layers of tower, connector and language model, in this order."""
+        parts, lists = self.parts(), self._lists()
+        decoder = parts["language_model"][0]
+        own = [name for name in lists if is_inside(name, [decoder])]
+        before, _, _ = self._around_blocks()
+        return {
+            "stem": inside([*before, *parts["tower"][1:]]),
+            "blocks": numbered([name for name in lists if name not in own], coarse),
+            "connector": inside([*parts["tower"], *parts["connector"]]),
+            **language_groups(self, decoder, own, coarse),
+        }
 
     def forward(
         self,

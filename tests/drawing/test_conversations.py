@@ -80,10 +80,12 @@ def test_an_answer_is_right_or_wrong(said, color):
 
 def test_nobody_says_a_caption_word_by_word():
     drawing, three = ConversationDrawing([]), axes(3)
+    said = ("a dog in the snow", "a dog that plays outside")
     picture, target, _ = drawing.shown(
-        conversation("<image>", "a dog in the snow", images=[image()])
+        conversation("<image>", said[0], images=[image()], answers=said)
     )
     assert drawing.compare(three, picture, target, "a cat") == {RIGHT}
+    assert written(three[1])[1:] == [(text, RIGHT.color) for text in said]  # each on its own
     assert written(three[2])[0][1] not in (RIGHT.color, WRONG.color)
 
 
@@ -94,6 +96,12 @@ def test_the_answer_is_that_of_the_question_alone():
 
     said = ConversationDrawing([]).predict(Module(), TWO)
     assert said == repr(["<image>\nA cat?", "yes", "And <image>?"])
+
+
+def test_what_no_font_has_gets_a_sign():
+    axis = Figure().subplots()
+    write(axis, [("a\x03 b\x1f", (0, 0, 0))])
+    assert [text for text, _ in written(axis)] == ["a\ufffd b\ufffd"]
 
 
 def test_long_texts_are_cut_off():

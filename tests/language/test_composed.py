@@ -4,15 +4,17 @@ import copy
 
 import pytest
 import torch
+from timm.models import group_parameters
 from torch.nn.functional import cross_entropy
 
 from litflora.adapters import FLoRA, Frozen, Full, LoRA, PerModule, inject
-from litflora.backbones import default_targets
+from litflora.backbones import default_targets, with_targets
 from litflora.backbones.blocks import blocks, checkpoint_activations
 from litflora.backbones.create import build
 from litflora.language.composed import VisionLanguageNet
 from litflora.language.connectors import CONNECTORS, Connector
 from litflora.language.tiny import tiny_language_model
+from litflora.optim import build_optimizer, default_optimizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TOWERS = {"convnext_shapes": (48, 16), "test_vit": (64, 4)}  # channels and tokens at 32 pixels
@@ -173,6 +175,41 @@ def test_blocks_are_those_of_the_tower_and_of_the_language_model():
     found = list(blocks(net()))
     assert found[0] == "tower.blocks.0"
     assert found[-2:] == ["language_model.model.layers.0", "language_model.model.layers.1"]
+
+
+def test_layers_follow_each_other_from_the_stem_of_the_tower_to_the_output():
+    layers = layers_of(net())
+    depth = 6  # blocks of the tower, which has a last norm
+    tower = [
+        layers["tower.patch_embed.proj.weight"],
+        *(layers[f"tower.blocks.{n}.mlp.fc1.weight"] for n in range(depth)),
+    ]
+    assert tower == list(range(depth + 1))
+    between = layers["connector.0.weight"]
+    told = "language_model.model"
+    after = [layers[f"{told}.layers.{n}.mlp.up_proj.weight"] for n in (0, 1)]
+    assert layers["tower.norm.weight"] == depth
+    assert [between, layers[f"{told}.embed_tokens.weight"], *after] == [7, 8, 9, 10]
+    assert layers[f"{told}.norm.weight"] == 11 == max(layers.values())
+
+
+def test_learning_rates_fall_with_the_depth_below_the_output():
+    made = net()
+    tuning = PerModule({"tower": LoRA(rank=1), "language_model": Full()})
+    inject(made, with_targets(made, tuning))
+    made.connector.requires_grad_(True)
+    optimizer = build_optimizer(default_optimizer("Full"), made, ["connector"], None, 0.5, lr=1.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in made.named_parameters() if p.requires_grad}
+    layers = layers_of(made)
+    assert len({*found.values()}) == 10
+    for name, rate in found.items():
+        below = 0 if name.startswith("connector") else 11 - layers[name]
+        assert rate == 0.5**below, name
+
+
+def layers_of(made):
+    return group_parameters(made, made.group_matcher(coarse=False), reverse=True)
 
 
 def test_targets_of_the_language_model():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from litflora.answers import AnswersModule
-from litflora.language.composed import Output, token_loss
 from litflora.language.measures import (
     AnswerMean,
     Bleu,
@@ -13,6 +12,7 @@ from litflora.language.measures import (
     is_exact,
     vqa_accuracy,
 )
+from litflora.language.output import Output, token_loss
 
 
 @pytest.mark.parametrize(

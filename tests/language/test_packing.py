@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from litflora import VisionLanguageModule
 from litflora.adapters import Full
 from litflora.datamodules.conversations import ASSISTANT, USER, Conversation, Turn
-from litflora.language.composed import VisionLanguageNet, token_loss
+from litflora.language.composed import VisionLanguageNet
 from litflora.language.connectors import Connector
 from litflora.language.encoding import Encoder
+from litflora.language.output import token_loss
 from litflora.language.packing import places, rows_of
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
 

@@ -19,7 +19,7 @@ RECIPE = "vision_language/shapes"
 SIZES = "{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2}"
 FEW = ("--data.train_samples", 320, "--data.val_samples", 8, "--data.test_samples", 5)
 # A rate that is high enough for the language model to say something.
-QUICK = ("--data.batch_size", 8, "--model.language_lr", 5e-3, "--model.head_lr", 5e-3)
+QUICK = ("--data.batch_size", 8, "--model.language_lr", 1e-2, "--model.head_lr", 1e-2)
 QUESTION = "What is the largest shape?"
 
 

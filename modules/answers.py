@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from .adapters import PerModule, Tuning
@@ -18,6 +19,7 @@ from .language.composed import token_loss
 from .language.encoding import Batch
 from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
 from .module import TuningModule
+from .nf4 import check_installed, quantize
 
 
 class AnswersModule(TuningModule):
@@ -76,6 +78,10 @@ class AnswersModule(TuningModule):
         for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():
             if rate is not None and rate < 0:
                 raise ValueError(f"{name} must be 0 or more, not {rate}")
+        if self.base_dtype == "nf4":
+            check_installed()
+            if self.weights is None:  # a checkpoint would have to hold the base
+                raise ValueError("base_dtype nf4 needs a base that can be read again: give weights")
         self.max_new_tokens = max_new_tokens
         self.tower_tuning = tower_tuning
         self.connector_tuning = connector_tuning
@@ -92,6 +98,25 @@ class AnswersModule(TuningModule):
         own = {} if self.connector_tuning is None else {"connector": self.connector_tuning}
         tower, language = self.tower_tuning or self.tuning, self.language_tuning or self.tuning
         return {"tower": tower, **own, "language_model": language}
+
+    def _hold_base(self, net: nn.Module) -> None:
+        if self.base_dtype == "nf4":
+            quantize(map(net.get_submodule, net.parts()["language_model"]))
+        else:
+            super()._hold_base(net)
+
+    def _check_strategy(self) -> None:
+        super()._check_strategy()
+        alone = self._strategy is None or isinstance(self._strategy, SingleDeviceStrategy)
+        if self.base_dtype == "nf4" and not alone:
+            raise ValueError("base_dtype nf4 runs in one process: set trainer.devices to 1")
+
+    def description(self) -> dict[str, Any]:
+        """Keeps a 4-bit base: the deltas were trained to make up for what it has lost."""
+        described = super().description()
+        if self.base_dtype == "nf4":
+            described["init_args"]["base_dtype"] = self.base_dtype
+        return described
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .adapters import PerModule, Tuning
+from .adapters.quantized import is_quantized
 from .callbacks import AnswerWriter, Gallery
 from .datamodules.conversations import Conversation
 from .drawing import ConversationDrawing, Drawing
@@ -102,14 +104,16 @@ class AnswersModule(TuningModule):
     def _hold_base(self, net: nn.Module) -> None:
         if self.base_dtype == "nf4":
             quantize(map(net.get_submodule, net.parts()["language_model"]))
+            packed = [f"net.{name}" for name, p in net.named_parameters() if is_quantized(p)]
+            # Each process has made the same of the same file.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, packed)
         else:
             super()._hold_base(net)
 
     def _check_strategy(self) -> None:
         super()._check_strategy()
-        alone = self._strategy is None or isinstance(self._strategy, SingleDeviceStrategy)
-        if self.base_dtype == "nf4" and not alone:
-            raise ValueError("base_dtype nf4 runs in one process: set trainer.devices to 1")
+        if self.base_dtype == "nf4" and isinstance(self._strategy, ModelParallelStrategy):
+            raise ValueError("base_dtype nf4 cannot be sharded: set trainer.strategy to ddp")
 
     def description(self) -> dict[str, Any]:
         """Keeps a 4-bit base: the deltas were trained to make up for what it has lost."""

@@ -1,4 +1,4 @@
-"""A language model held in 4 bits: exact on what the bits stand for, and files that know the base."""
+"""A language model in 4 bits: exact on what they stand for, and files that know the base."""
 
 import copy
 import json
@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from shell import litflora
 from test_vision_language import SMALL, fit, module, questions
@@ -18,18 +17,20 @@ from litflora import FLoRA, Full, LoRA, from_adapter
 from litflora.adapters import AdapterError, inject, load, merge, save
 from litflora.callbacks import AdapterFolder
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
+from litflora.nf4 import BLOCK, NF4Weight, dequantize, quantize
+from litflora.strategies import FSDP2
 
 pytest.importorskip("bitsandbytes", reason="4-bit weights are packed by bitsandbytes")
 
-from litflora.nf4 import BLOCK, NF4Weight, dequantize, quantize
-
 # The 16 values of the data type, of the article's appendix E.
 VALUES = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
-    + [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
-    + [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
-    + [0.7229568362236023, 1.0]
-)
+    [
+        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453],
+        [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0],
+        [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224],
+        [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    ]
+).flatten()
 
 
 def nearest(weight):
@@ -209,6 +210,15 @@ def run(tmp_path_factory, language_folder):
     return folder, made
 
 
+@pytest.fixture(scope="module")
+def batch(run):
+    data = questions()
+    data.encoder = run[1].encoder
+    data.setup("test")
+    (batch,) = data.test_dataloader()
+    return batch
+
+
 def test_linear_layers_of_the_language_model_alone_are_quantised(run):
     _, made = run
     four = {n for n, p in made.net.named_parameters() if isinstance(p, NF4Weight)}
@@ -226,13 +236,9 @@ def test_files_hold_nothing_of_the_base(run):
         assert all(".adapters." in key or key.startswith("connector.") for key in keys)
 
 
-def test_a_folder_answers_the_same_in_a_new_process(run, tmp_path):
+def test_a_folder_answers_the_same_in_a_new_process(run, batch, tmp_path):
     folder, made = run
     made.eval()
-    data = questions()
-    data.encoder = made.encoder
-    data.setup("test")
-    (batch,) = data.test_dataloader()
     told = made(batch).logits.detach(), made.answer(batch["prompt"])
     torch.save((batch, told), tmp_path / "told.pt")
     code = (
@@ -251,7 +257,7 @@ def test_a_folder_answers_the_same_in_a_new_process(run, tmp_path):
     assert not torch.allclose(float32.eval()(batch).logits, told[0], atol=1e-4)
 
 
-def test_a_merge_writes_plain_weights_and_says_what_was_lost(run, tmp_path):
+def test_a_merge_writes_plain_weights_and_says_what_was_lost(run, batch, tmp_path):
     folder, made = run
     out = tmp_path / "merged"
     done = litflora("merge", folder / "adapter", "--out", out)
@@ -260,28 +266,29 @@ def test_a_merge_writes_plain_weights_and_says_what_was_lost(run, tmp_path):
     assert "at most (language_model." in done.out
     again = module(weights=str(out), language_model="tiny", language_options=None)
     again.configure_model()
-    data = questions()
-    data.encoder = made.encoder
-    data.setup("test")
-    (batch,) = data.test_dataloader()
     torch.testing.assert_close(again.eval()(batch).logits, made.eval()(batch).logits)
 
 
-def test_a_run_goes_on_from_its_checkpoint(run, language_folder, tmp_path):
-    folder, _ = run
-    whole, halves = held(language_folder), held(language_folder)
-    fit(whole, tmp_path / "whole", steps=4, limit_val_batches=0)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=3,
-        logger=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(halves, questions(), ckpt_path=folder / "last.ckpt")
-    assert isinstance(halves.net.language_model.model.layers[0].mlp.up_proj.weight, NF4Weight)
+def test_checkpointed_activations_change_no_gradient(batch, language_folder):
+    found = []
+    for how in ("none", "blocks"):
+        torch.manual_seed(0)
+        made = held(language_folder, activation_checkpointing=how)
+        made.configure_model()
+        made.train()(batch).loss.backward()
+        found.append([p.grad for p in made.parameters() if p.requires_grad])
+    assert sum(grad.abs().sum() > 0 for grad in found[0]) > 20
+    assert all(map(torch.equal, *found))
+
+
+def test_a_checkpoint_is_read_into_four_bits(run, language_folder, batch):
+    folder, made = run
+    again = held(language_folder)
+    again.configure_model()
+    before = again.eval()(batch).logits
+    again.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(again(batch).logits, made.eval()(batch).logits)
+    assert not torch.equal(again(batch).logits, before)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +306,7 @@ def test_what_cannot_be_held_is_refused(options, told, language_folder):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"strategy": "ddp"}, "runs in one process: set trainer.devices to 1"),
+        ({"strategy": FSDP2()}, "cannot be sharded: set trainer.strategy to ddp"),
     ],
 )
 def test_what_it_cannot_run_with_is_refused(options, told, language_folder, tmp_path):

@@ -103,7 +103,7 @@ class AnswersModule(TuningModule):
 
     def _hold_base(self, net: nn.Module) -> None:
         if self.base_dtype == "nf4":
-            quantize(map(net.get_submodule, net.parts()["language_model"]))
+            quantize(net, net.parts()["language_model"])
             packed = [f"net.{name}" for name, p in net.named_parameters() if is_quantized(p)]
             # Each process has made the same of the same file.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, packed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -132,19 +132,21 @@ def check_installed() -> None:
         raise ImportError("base_dtype nf4 is held by bitsandbytes: pip install 'litflora[nf4]'")
 
 
-def quantize(modules: Iterable[nn.Module]) -> None:
+def quantize(model: nn.Module, parts: Sequence[str] = ("",)) -> None:
     """Holds the frozen weights of linear layers in NF4, in place; output layers stay as they are.
 
     Args:
-        modules: Models of transformers, or parts of them, with adapters or without.
+        model: A module with a model of transformers in it, with adapters or without.
+        parts: Names of the modules whose layers they are; none is the model itself.
 
     Raises:
-        ValueError: None of them has such a layer.
+        ValueError: They have no such layer.
     """
-    found = [each for module in modules for each in module.modules()]
-    heads = [m.get_output_embeddings() for m in found if hasattr(m, "get_output_embeddings")]
-    layers = [m for m in found if isinstance(m, nn.Linear) and not any(m is head for head in heads)]
-    layers = [layer for layer in layers if not layer.weight.requires_grad]
+    owners = (m for m in model.modules() if hasattr(m, "get_output_embeddings"))
+    heads = {owner.get_output_embeddings() for owner in owners}
+    found = [each for part in parts for each in model.get_submodule(part).modules()]
+    linear = [each for each in found if isinstance(each, nn.Linear) and each not in heads]
+    layers = [layer for layer in linear if not layer.weight.requires_grad]
     if not layers:
         raise ValueError(
             "base_dtype nf4 is for frozen linear layers, and the language model has none: tune it "

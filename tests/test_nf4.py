@@ -50,7 +50,7 @@ def layers():
 def test_values_are_those_of_the_article():
     net = layers()
     weight = net[0].weight.clone()
-    quantize([net])
+    quantize(net)
     held = net[0].weight
     assert isinstance(held, NF4Weight)
     assert (held.shape, held.dtype, held.device) == (weight.shape, weight.dtype, weight.device)
@@ -76,7 +76,7 @@ def test_value_and_gradients_are_those_of_the_dequantised_weight(tuning, precisi
             for parameter in net.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(0, 0.2)
-    quantize([net])
+    quantize(net)
     plain = copy.deepcopy(net)
     assert isinstance(plain[0].weight, NF4Weight)
     dequantize(plain)
@@ -110,7 +110,7 @@ def test_backward_keeps_no_dequantised_weight(tuning):
     net = layers()
     if tuning is not None:
         inject(net, tuning)
-    quantize([net])
+    quantize(net)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         net(torch.randn(2, 64, requires_grad=True))
@@ -122,7 +122,7 @@ def test_backward_keeps_no_dequantised_weight(tuning):
 
 def test_moves_and_casts_keep_four_bits():
     net = layers()
-    quantize([net])
+    quantize(net)
     values = net[0].weight.values(torch.float32)
     net.to("cpu")
     assert isinstance(net[0].weight, NF4Weight)
@@ -133,7 +133,7 @@ def test_moves_and_casts_keep_four_bits():
     half = again.to(torch.bfloat16)
     assert isinstance(half, NF4Weight)
     assert torch.equal(half + 0, values.bfloat16())
-    quantize([double := layers()])
+    quantize(double := layers())
     assert double.double()[0].weight.dtype == torch.float64
     x = torch.randn(2, 64, dtype=torch.float64)
     expected = F.linear(x, values.double(), double[0].bias)
@@ -143,7 +143,7 @@ def test_moves_and_casts_keep_four_bits():
 def test_inference_keeps_no_second_copy():
     net = layers()
     inject(net, LoRA(rank=4))
-    quantize([net])
+    quantize(net)
     with torch.no_grad():
         net.eval()(torch.randn(999, 64))
     assert not any(each.adapters.cache._kept for each in net[::2])
@@ -152,7 +152,7 @@ def test_inference_keeps_no_second_copy():
 def test_a_weight_in_four_bits_is_not_written_to_or_merged_into():
     net = layers()
     inject(net, LoRA(rank=2))
-    quantize([net])
+    quantize(net)
     before = net[0].weight.packed.clone()
     with pytest.raises(RuntimeError, match="frozen, and cannot be written to"):
         net[0].weight.zero_()
@@ -165,7 +165,7 @@ def test_an_adapter_knows_the_base_before_quantisation(tmp_path):
     net = layers()
     inject(net, LoRA(rank=2, targets="0"))
     save(net, tmp_path / "plain")
-    quantize([net])
+    quantize(net)
     save(net, tmp_path / "nf4")
     digests = [
         json.loads((tmp_path / n / "adapter_config.json").read_text())["base"]
@@ -173,12 +173,12 @@ def test_an_adapter_knows_the_base_before_quantisation(tmp_path):
     ]
     assert digests[0] == digests[1]
     load(layers(), tmp_path / "nf4")
-    quantize([held := layers()])
+    quantize(held := layers())
     load(held, tmp_path / "nf4")
     other = layers()
     with torch.no_grad():
         other[0].weight.mul_(-1)
-    quantize([other])
+    quantize(other)
     with pytest.raises(AdapterError, match=r"values of 0\.weight differ"):
         load(other, tmp_path / "nf4")
 

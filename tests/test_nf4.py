@@ -15,6 +15,7 @@ from torch import nn
 
 from litflora import FLoRA, Full, LoRA, from_adapter
 from litflora.adapters import AdapterError, inject, load, merge, save
+from litflora.adapters.paths import choose
 from litflora.callbacks import AdapterFolder
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
 from litflora.nf4 import BLOCK, NF4Weight, dequantize, quantize
@@ -140,13 +141,14 @@ def test_moves_and_casts_keep_four_bits():
     torch.testing.assert_close(double[0](x), expected)
 
 
-def test_inference_keeps_no_second_copy():
+@pytest.mark.parametrize("training", [True, False])
+def test_deltas_act_beside_the_four_bits(training):
     net = layers()
     inject(net, LoRA(rank=4))
     quantize(net)
-    with torch.no_grad():
-        net.eval()(torch.randn(999, 64))
-    assert not any(each.adapters.cache._kept for each in net[::2])
+    layer = net.train(training)[0]
+    choice = layer.choice(layer.known_sum(), torch.randn(999, 64), grad=training)
+    assert choose(choice) == "side"
 
 
 def test_a_weight_in_four_bits_is_not_written_to_or_merged_into():

@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .adapters import PerModule, Tuning
+from .adapters.quantized import is_quantized
 from .callbacks import AnswerWriter, Gallery
 from .datamodules.conversations import Conversation
 from .drawing import ConversationDrawing, Drawing
@@ -18,6 +21,7 @@ from .language.encoding import Batch
 from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
 from .language.output import token_loss
 from .module import TuningModule
+from .nf4 import check_installed, quantize
 
 CONNECTOR_LR = 1e-3  # as LLaVA's first stage has it; tunings' own rates are for what is trained
 
@@ -78,6 +82,10 @@ class AnswersModule(TuningModule):
         for name, rate in {"tower_lr": tower_lr, "language_lr": language_lr}.items():
             if rate is not None and rate < 0:
                 raise ValueError(f"{name} must be 0 or more, not {rate}")
+        if self.base_dtype == "nf4":
+            check_installed()
+            if self.weights is None:  # a checkpoint would have to hold the base
+                raise ValueError("base_dtype nf4 needs a base that can be read again: give weights")
         self.max_new_tokens = max_new_tokens
         self.tower_tuning = tower_tuning
         self.connector_tuning = connector_tuning
@@ -94,6 +102,27 @@ class AnswersModule(TuningModule):
         own = {} if self.connector_tuning is None else {"connector": self.connector_tuning}
         tower, language = self.tower_tuning or self.tuning, self.language_tuning or self.tuning
         return {"tower": tower, **own, "language_model": language}
+
+    def _hold_base(self, net: nn.Module) -> None:
+        if self.base_dtype == "nf4":
+            quantize(net, net.parts()["language_model"])
+            packed = [f"net.{name}" for name, p in net.named_parameters() if is_quantized(p)]
+            # Each process has made the same of the same file.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, packed)
+        else:
+            super()._hold_base(net)
+
+    def _check_strategy(self) -> None:
+        super()._check_strategy()
+        if self.base_dtype == "nf4" and isinstance(self._strategy, ModelParallelStrategy):
+            raise ValueError("base_dtype nf4 cannot be sharded: set trainer.strategy to ddp")
+
+    def description(self) -> dict[str, Any]:
+        """Keeps a 4-bit base: the deltas were trained to make up for what it has lost."""
+        described = super().description()
+        if self.base_dtype == "nf4":
+            described["init_args"]["base_dtype"] = self.base_dtype
+        return described
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""

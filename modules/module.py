@@ -198,8 +198,7 @@ class TuningModule(LightningModule):
         self._tune(net, torch.device("cpu") if sharded else None)
         self._matrices = {name for name, p in net.named_parameters() if p.ndim > 1}
         self.tuned = summary(net)
-        if self.base_dtype is not None:
-            hold_base(net, getattr(torch, self.base_dtype))
+        self._hold_base(net)
         checkpoint_activations(net, self.activation_checkpointing)
         if sharded:
             self._shard(net, weights)
@@ -210,6 +209,11 @@ class TuningModule(LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.net = net
         self.train(self.training)
+
+    def _hold_base(self, net: nn.Module) -> None:
+        """Holds what is frozen as ``base_dtype`` says."""
+        if self.base_dtype is not None:
+            hold_base(net, getattr(torch, self.base_dtype))
 
     @property
     def _strategy(self) -> Strategy | None:
@@ -265,7 +269,7 @@ class TuningModule(LightningModule):
             raise ValueError(
                 "FSDP1 takes parameters of one type: leave base_dtype out, or use FSDP2"
             )
-        if self.base_dtype is not None and precision not in (None, "bf16-mixed"):
+        if self.base_dtype == "bfloat16" and precision not in (None, "bf16-mixed"):
             raise ValueError(
                 f"base_dtype {self.base_dtype} needs trainer.precision bf16-mixed, not {precision}"
             )

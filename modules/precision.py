@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 BaseDtype = Literal["bfloat16"]
+LanguageBaseDtype = Literal["bfloat16", "nf4"]  # with a language model
 
 
 def hold_base(net: nn.Module, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from .language.pretrained import (
 )
 from .language.processing import ProcessorEncoder
 from .optim import OneCycle
-from .precision import BaseDtype
+from .precision import LanguageBaseDtype
 
 
 class PretrainedVisionLanguageModule(AnswersModule):
@@ -58,7 +58,7 @@ class PretrainedVisionLanguageModule(AnswersModule):
         head_lr: float | None = None,
         layer_decay: float | None = None,
         activation_checkpointing: str = "none",
-        base_dtype: BaseDtype | None = None,
+        base_dtype: LanguageBaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to read the checkpoint.
 
@@ -83,7 +83,8 @@ class PretrainedVisionLanguageModule(AnswersModule):
                 keeps its input alone, and runs again in backward) or ``every-k``: each k-th block.
             base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
                 float32. Deltas, norms and the connector stay float32. It needs precision
-                bf16-mixed.
+                bf16-mixed. With nf4 it is the frozen linear layers of the language model alone,
+                in 4 bits.
         """
         super().__init__(
             weights=model,

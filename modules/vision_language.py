@@ -21,7 +21,7 @@ from .language.encoding import Encoder, image_token_of
 from .language.language_models import TINY, language_model, tokenizer_of
 from .language.merged import MergedFolder
 from .optim import OneCycle
-from .precision import BaseDtype
+from .precision import LanguageBaseDtype
 
 LENGTH = 2048  # LLaVA's
 # What a step is measured on where there are no data.
@@ -57,7 +57,7 @@ class VisionLanguageModule(AnswersModule):
         head_lr: float | None = None,
         layer_decay: float | None = None,
         activation_checkpointing: str = "none",
-        base_dtype: BaseDtype | None = None,
+        base_dtype: LanguageBaseDtype | None = None,
     ) -> None:
         """Keeps the settings; the Trainer calls ``configure_model`` to build the network.
 
@@ -92,7 +92,8 @@ class VisionLanguageModule(AnswersModule):
                 keeps its input alone, and runs again in backward) or ``every-k``: each k-th block.
             base_dtype: What frozen linear layers and convolutions are held in, bfloat16; None is
                 float32. Deltas, norms and the connector stay float32. It needs precision
-                bf16-mixed.
+                bf16-mixed. With nf4 it is the frozen linear layers of the language model alone,
+                in 4 bits.
         """
         super().__init__(
             weights=weights,

@@ -247,6 +247,27 @@ def test_merge_writes_the_checkpoints_own_layout(
     assert not torch.allclose(logits, plain_logits(base, batch, module.net.takes), atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_on_four_bits_is_merged_into_a_checkpoint(
+    folders: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are packed by bitsandbytes")
+    module = shaken(folders[kind], language_tuning=LoRA(rank=4), base_dtype="nf4")
+    adapter, out = saved(module, tmp_path / "adapter"), tmp_path / "merged"
+    result = litflora("merge", adapter, "--out", out)
+    assert result.code == 0, result.err
+    assert "were trained on in NF4 and are written so" in result.out
+    check_layout(folders[kind], out)
+    batch = module.encoder.train_batch([conversation(), conversation(1)])
+    logits = plain_logits(out, batch, module.net.takes)
+    assert (
+        logits - of(module, batch)
+    ).abs().max() < 1e-4 * logits.abs().max()  # side path against merged
+    module = from_adapter(adapter, base_dtype=None)
+    module.configure_model()
+    assert not torch.allclose(logits, of(module.eval(), batch), atol=1e-2)
+
+
 def check_layout(base: Path, out: Path) -> None:
     """The files of a merged checkpoint are those of its base, but for the values of weights."""
     files = sorted(path.name for path in base.iterdir())

@@ -9,19 +9,25 @@ from safetensors.torch import load_file
 
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
 
-from .vision_language import METHODS, STRATEGIES, fits
+from .vision_language import METHODS, NF4, STRATEGIES, fits
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def language(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision_language")
     torch.manual_seed(0)
     tiny_language_model(SMALL).save_pretrained(folder / "language")
     byte_tokenizer().save_pretrained(folder / "language")
-    one = fits(folder / "language", folder / "one", ("single",))
-    return folder, one, worlds.run(fits, folder / "language", folder)
+    return folder / "language"
+
+
+@pytest.fixture(scope="module")
+def found(language):
+    folder = language.parent
+    one = fits(language, folder / "one", ("single",))
+    return folder, one, worlds.run(fits, language, folder)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -35,6 +41,17 @@ def test_two_processes_train_as_one(found, method, strategy):
         assert left.moved == left.trained == single.trained
         assert all(torch.equal(left.start[name], single.start[name]) for name in single.start)
         assert all(torch.equal(left.end[n], two[0][method, strategy][0].end[n]) for n in left.end)
+
+
+def test_two_processes_train_on_four_bits_as_one(language, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are packed by bitsandbytes")
+    one = fits(language, tmp_path / "one", ("single",), NF4)
+    two = worlds.run(fits, language, tmp_path, ("ddp",), NF4)
+    single, *_ = one["NF4", "single"]
+    for rank in two:
+        left, *_ = rank["NF4", "ddp"]
+        assert left.losses == pytest.approx(single.losses, rel=1e-5)
+        assert left.moved == left.trained == single.trained
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from litflora.datamodules import ShapesQuestionsDataModule
 from . import runs
 
 STRATEGIES = ("ddp", "fsdp2")
-METHODS = {"FLoRA": FLoRA(rank=2), "LoRA": LoRA(rank=2)}
+METHODS = {"FLoRA": {"tuning": FLoRA(rank=2)}, "LoRA": {"tuning": LoRA(rank=2)}}
+NF4 = {"NF4": {"tuning": LoRA(rank=2), "base_dtype": "nf4"}}  # which cannot be sharded
 
 
 def module(language: Path, method: str) -> VisionLanguageModule:
@@ -22,9 +24,9 @@ def module(language: Path, method: str) -> VisionLanguageModule:
         str(language),
         weights="embedded",
         img_size=32,
-        tuning=METHODS[method],
         max_new_tokens=6,
         lr=1e-2,
+        **{**METHODS, **NF4}[method],
     )
 
 
@@ -35,9 +37,14 @@ def questions(world: int) -> Any:
     return ShapesQuestionsDataModule(**sizes, img_size=32, **batches)
 
 
-def fits(language: Path, folder: Path, strategies: tuple[str, ...] = STRATEGIES) -> dict[Any, Any]:
+def fits(
+    language: Path,
+    folder: Path,
+    strategies: tuple[str, ...] = STRATEGIES,
+    methods: Iterable[str] = METHODS,
+) -> dict[Any, Any]:
     found = {}
-    for method in METHODS:
+    for method in methods:
         for strategy in strategies:
             own = folder / method / strategy
             data = questions(1 if strategy == "single" else 2)

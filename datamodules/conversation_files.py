@@ -15,7 +15,7 @@ from .conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
 from .dense import read_photo
 from .dense_files import each
 from .images import check_splitting, images_to_predict
-from .splits import hold_out
+from .splits import hold_out_groups, linked
 from .vision_language import Conversations, VisionLanguageDataModule
 
 Read = Callable[[], Sequence[Conversation]]
@@ -25,8 +25,8 @@ SHOWN = 5  # so many bad images are named
 class ConversationFilesDataModule(VisionLanguageDataModule):
     """Conversations about image files; a subclass tells how each split is read.
 
-    A missing validation split is held out from training by the seed, all conversations about an
-    image together; validation stands in for a missing test split. Conversations to predict are
+    A missing validation split is held out from training by the seed, all conversations that share
+    an image together; validation stands in for a missing test split. Conversations to predict are
     those of the test split without their last answers, if there are no others.
 
     Args:
@@ -137,14 +137,16 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
         return self._read("train")
 
     def _held_out(self, found: Sequence[Conversation]) -> dict[str, Sequence[Conversation]]:
-        numbers: dict[Any, int] = {}
-        about = [numbers.setdefault(c.images or c.id, len(numbers)) for c in _in_order(found)]
-        if len(numbers) < 2:
-            raise ValueError("cannot hold out validation: all conversations are about one image")
-        held = set(hold_out([0] * len(numbers), self.val_fraction, self.seed)[1])
+        groups, sizes = linked(each.images or (each.id,) for each in _in_order(found))
+        if len(sizes) < 2:
+            raise ValueError(
+                "cannot hold out validation: all conversations are about one image, or linked by "
+                "images that they share: give validation a file of its own (val_file)"
+            )
+        held = hold_out_groups(sizes, self.val_fraction, self.seed)
         parts: dict[str, list[int]] = {"train": [], "val": []}
-        for index, number in enumerate(about):
-            parts["val" if number in held else "train"].append(index)
+        for index, group in enumerate(groups):
+            parts["val" if group in held else "train"].append(index)
         return {name: Subset(found, indices) for name, indices in parts.items()}  # type: ignore[arg-type, misc]
 
     def _asked(self, own: str, path: Path) -> Conversation:

@@ -35,10 +35,11 @@ class AnswersModule(TuningModule):
     gives ``loss`` and ``logits``, and ``generate`` gives new tokens.
 
     It logs ``train/loss`` and, for validation and test, ``loss`` per token that is to be learnt,
-    ``exact``, the share of answers that are right to the letter (but for case, articles and marks
-    at their ends), ``vqa``, VQA's accuracy, and ``exact_closed`` and ``exact_open``, the share
-    among questions with few possible answers and with many. Where answers are sentences, as
-    captions are, it logs ``bleu``, BLEU-4. What there is no answer for is not logged.
+    ``exact``, the share of answers that are right to the letter (but for case, a first article, and
+    marks at their ends), ``vqa``, VQA's accuracy, and ``exact_closed`` and ``exact_open``, the
+    share among questions with few possible answers and with many. Where answers are sentences, as
+    captions are, it logs ``bleu``, BLEU-4. What there is no answer for is not logged. A question
+    that is too long is answered by nothing.
 
     Attributes:
         encoder: Writes conversations in tokens.
@@ -236,7 +237,8 @@ class AnswersModule(TuningModule):
         found = self.net(**self.inputs(batch), **self._generation(batch["prompt"]))
         losses = token_loss(found.logits, labels, reduction="none").view(len(labels), -1)
         metrics["loss"].update(losses, labels)
-        answers = self._told(found.tokens)
+        told = zip(self._told(found.tokens), batch["unanswered"], strict=True)
+        answers = ["" if unanswered else said for said, unanswered in told]
         rows = list(zip(answers, batch["accepted"], batch["closed"], strict=True))
         exact = [is_exact(said, accepted) for said, accepted, _ in rows]
         closed = list(zip(exact, batch["closed"], strict=True))

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
+from conversation_files import record, records, write_llava
 from lightning.pytorch import Trainer, seed_everything
 
 from litflora import FLoRA, Frozen, Full, LoRA, VisionLanguageModule
 from litflora.adapters import BitFit, save
 from litflora.callbacks import AdapterFolder
-from litflora.datamodules import ShapesQuestionsDataModule
+from litflora.datamodules import LlavaDataModule, ShapesQuestionsDataModule
 from litflora.language.language_models import tokenizer_of
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
 from litflora.module import from_adapter
@@ -180,16 +181,44 @@ def test_metrics_of_a_test(adapter, tmp_path):
     assert set(found) == {f"test/{name}" for name in names}
 
 
-def test_a_checkpoint_resumes(tmp_path):
-    made = module()
-    trainer = fit(made, tmp_path, limit_val_batches=0)
-    trainer.save_checkpoint(tmp_path / "it.ckpt")
-    again = VisionLanguageModule.load_from_checkpoint(tmp_path / "it.ckpt")
-    for (name, one), (other_name, other) in zip(
-        made.named_parameters(), again.named_parameters(), strict=True
-    ):
-        assert name == other_name
-        assert torch.equal(one, other), name
+def resumable(folder, root, epochs, ckpt_path=None):
+    """Trains on packed batches of like length, of images and of texts; saves a checkpoint."""
+    options = {"batch_size": 3, "group_by_length": True, "pack": True}
+    data = LlavaDataModule(str(root), "train.json", "train.json", **options)
+    # Else a run that forgets the checkpoint would begin anew, and end as it should.
+    seed_everything(0 if ckpt_path is None else 1, verbose=False)
+    made = module(lr=1e-3, lr_scheduler=None)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        **quiet,
+    )
+    trainer.fit(made, data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.save_checkpoint(folder / f"{epochs}.ckpt")
+    return trainer.global_step, made
+
+
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_ended(tmp_path):
+    texts = [record(f"text{n}", None) for n in range(6)]
+    for number, text in enumerate(texts):
+        text["conversations"][1]["value"] = f"Number {number}, " * (number + 1)
+    write_llava(tmp_path, [*records()[:5], *texts])
+    steps, whole = resumable(tmp_path, tmp_path, 2)
+    half, first = resumable(tmp_path, tmp_path, 1)
+    assert 2 * half == steps
+    ended, again = resumable(tmp_path, tmp_path, 2, tmp_path / "1.ckpt")
+    assert ended == steps
+    parts = dict(again.named_parameters())
+    assert parts.keys() == dict(whole.named_parameters()).keys()
+    for name, one in whole.named_parameters():
+        assert torch.equal(one, parts[name]), name
+    # The second epoch has changed every part.
+    moved = {n for n, p in first.named_parameters() if not torch.equal(p, parts[n])}
+    assert {name.split(".")[1] for name in moved} == {"tower", "connector", "language_model"}
 
 
 def test_a_language_model_without_an_image_token_gets_one(language_folder):

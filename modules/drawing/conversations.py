@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..datamodules.conversations import ASSISTANT, Conversation
 from ..language.measures import are_sentences, is_exact
+from ..language.too_long import TooLongError
 from .base import Color, Drawing, Key, shade, show_image
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ class ConversationDrawing(Drawing):
         return {ANSWER}
 
     def predict(self, module: Any, sample: Conversation) -> str:
-        """The answer in place of the last one."""
-        return module.reply(sample.question())
+        """The answer in place of the last one; nothing to a question that is too long."""
+        try:
+            return module.reply(sample.question())
+        except TooLongError:
+            return ""
 
     def compare(
         self, axes: Sequence[Axes], image: Tensor, target: Conversation, found: str

@@ -13,6 +13,7 @@ from ..datamodules.conversations import IMAGE, Conversation
 from .fitting import fitted
 from .packing import places, rows_of
 from .templates import written
+from .too_long import LengthGuard, TooLongError, each_that_fits
 
 IGNORED = -100  # the label of a token that is not to be learnt, as transformers has it
 
@@ -58,6 +59,7 @@ class Encoder:
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
         self.image_size = image_size
+        self.guard = LengthGuard()
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} cannot say where in the text its tokens are: give a "
@@ -70,32 +72,34 @@ class Encoder:
         What is too long is cut off at the end; of an image all tokens stay, or none.
 
         Raises:
-            ValueError: None of the assistant's tokens is left; names the conversation.
+            TooLongError: None of the assistant's tokens is left; names the conversation.
         """
         text, spans = written(self.tokenizer, conversation.turns)
         ids, labels = self._tokens(text, spans)
         length = self._cut(ids)
         found = Encoded(ids[:length], labels[:length], self._count(ids[:length]))
         if all(label == IGNORED for label in found.labels):
-            raise ValueError(
+            reason = (
                 f"conversation {conversation.id} has {len(ids):,} tokens, and none of its answers "
-                f"begins within max_length {self.max_length:,}: raise it, or leave it out"
+                f"begins within max_length {self.max_length:,}"
             )
+            raise TooLongError(f"{reason}: raise it, or leave it out", reason)
         return found
 
     def prompt(self, conversation: Conversation) -> Encoded:
         """Tokens of a conversation that the assistant is to go on with.
 
         Raises:
-            ValueError: It is too long; names the conversation.
+            TooLongError: It is; names the conversation.
         """
         text, _ = written(self.tokenizer, conversation.turns)
         ids, labels = self._tokens(text, [])
         if len(ids) > self.max_length:
-            raise ValueError(
+            reason = (
                 f"the question of conversation {conversation.id} has {len(ids):,} tokens: more "
-                f"than max_length {self.max_length:,}: shorten it, or raise max_length"
+                f"than max_length {self.max_length:,}"
             )
+            raise TooLongError(f"{reason}: shorten it, or raise max_length", reason)
         return Encoded(ids, labels, self._count(ids))
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -133,8 +137,17 @@ class Encoder:
         return self._count_tokens(ids) // self.tokens_per_image
 
     def train_batch(self, conversations: Sequence[Conversation]) -> Batch:
-        """What a training step takes: see `batch`, and ``images`` ``[n, 3, h, w]``, uint8."""
-        encoded = [self.encode(each) for each in conversations]
+        """What a training step takes: see `batch`, and ``images`` ``[n, 3, h, w]``, uint8.
+
+        Conversations of which no answer is left are left out.
+
+        Raises:
+            TooLongError: All are.
+        """
+        return self.guard.leave_out(self._train_batch, conversations)
+
+    def _train_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        encoded = each_that_fits(self.encode, conversations)
         return {**self.batch(encoded), "images": self._kept_images(conversations, encoded)}
 
     def packed_batch(self, conversations: Sequence[Conversation]) -> Batch:
@@ -144,7 +157,10 @@ class Encoder:
         another by the ``attention_mask``, ``[rows, 1, longest, longest]``, bool. The last token of
         one does not learn the first of the next.
         """
-        encoded = [self.encode(each) for each in conversations]
+        return self.guard.leave_out(self._packed_batch, conversations)
+
+    def _packed_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        encoded = each_that_fits(self.encode, conversations)
         rows = rows_of([len(each.input_ids) for each in encoded], self.max_length)
         order = [index for row in rows for index in row]
         images = self._kept_images([conversations[i] for i in order], [encoded[i] for i in order])
@@ -163,20 +179,30 @@ class Encoder:
     def eval_batch(self, conversations: Sequence[Conversation]) -> Batch:
         """What an evaluation takes: `train_batch`, `predict_batch` under ``prompt``, and the truth.
 
-        The truth is ``accepted``, the answers that count as right, and ``closed``.
+        The truth is ``accepted``, the answers that count as right, and ``closed``. Where a question
+        is too long, ``unanswered`` is true, something else is in its place, and nothing of it is a
+        label.
         """
+        stand_in = self.guard.stand_in
+        prompt, unanswered = stand_in(self._asked_batch, conversations, "unanswered")
+        batch, lost = stand_in(self._train_batch, conversations, "nothing in the loss")
+        batch["labels"][list(lost)] = IGNORED
         return {
-            **self.train_batch(conversations),
-            "prompt": self.predict_batch([each.question() for each in conversations]),
+            **batch,
+            "prompt": {**prompt, **asked([each.question() for each in conversations])},
             "accepted": [each.accepted() for each in conversations],
             "closed": [each.closed for each in conversations],
+            "unanswered": [index in unanswered for index in range(len(conversations))],
         }
+
+    def _asked_batch(self, conversations: Sequence[Conversation]) -> Batch:
+        return self.predict_batch([each.question() for each in conversations])
 
     def predict_batch(self, conversations: Sequence[Conversation]) -> Batch:
         """What an answer needs: prompts padded on the left, and `asked`."""
         images = [image for each in conversations for image in each.images]
         return {
-            **self.batch([self.prompt(each) for each in conversations], left=True),
+            **self.batch(each_that_fits(self.prompt, conversations), left=True),
             "images": self.images(images),
             **asked(conversations),
         }

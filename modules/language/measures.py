@@ -12,16 +12,15 @@ from torchmetrics.text import SacreBLEUScore
 from torchmetrics.utilities import dim_zero_cat
 
 from ..processes import gather_in_order
+from .vqa_answers import vqa_normalized
 
 MARKS = " .,;:!?\"'"
 
 
 def normalized(answer: str) -> str:
-    """An answer without what makes no difference: case, articles, punctuation at its ends."""
-    said = answer.lower().strip(MARKS)
-    # Of the answer "A" nothing would be left.
-    words = re.sub(r"\b(a|an|the)\b", " ", said).split() or said.split()
-    return " ".join(words).strip(MARKS)
+    """An answer without what makes no difference: case, a first article, marks at its ends."""
+    said = " ".join(answer.lower().split()).strip(MARKS)
+    return re.sub(r"^(a|an|the) ", "", said).strip(MARKS)
 
 
 def is_exact(answer: str, accepted: Sequence[str]) -> bool:
@@ -33,13 +32,14 @@ def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
     """The accuracy of VQA (Antol et al., arXiv:1505.00468): three people who say it make it right.
 
     It is the mean over all choices of all people but one. With fewer than three people's answers
-    each of them counts as right.
+    each of them counts as right. Answers are compared by `vqa_normalized`.
 
     Args:
         answer: What was said.
         accepted: The answers of people.
     """
-    said = [normalized(answer) == normalized(other) for other in accepted]
+    found = vqa_normalized(answer)
+    said = [found == vqa_normalized(other) for other in accepted]
     if len(said) < 3:
         return float(any(said))
     others = [sum(said) - own for own in said]

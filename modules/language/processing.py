@@ -12,6 +12,7 @@ from torch import Tensor
 from ..datamodules.conversations import ASSISTANT, IMAGE, Conversation, Turn
 from .encoding import IGNORED, Batch, Encoder, asked
 from .templates import Span, spoken
+from .too_long import LengthGuard, TooLongError
 
 # Where in a text its tokens are, and what images were written out to: to find who says what.
 TRACES = ("offset_mapping", "text_replacement_offsets")
@@ -50,6 +51,7 @@ class ProcessorEncoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
+        self.guard = LengthGuard()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -57,11 +59,14 @@ class ProcessorEncoder:
         """What the processor gives, padded on the right, and ``labels`` ``[batch, length]``.
 
         What is too long is cut off at the end; where that would cut into images, whole exchanges
-        are left out from the end.
+        are left out from the end, and a conversation of which no answer is left.
 
         Raises:
-            ValueError: None of the assistant's tokens is left; names the conversation.
+            TooLongError: No conversation is left.
         """
+        return self.guard.leave_out(self._train_batch, conversations)
+
+    def _train_batch(self, conversations: Sequence[Conversation]) -> Batch:
         kept = list(conversations)
         while True:
             texts, spans = zip(*map(self.written, kept), strict=True)
@@ -81,23 +86,26 @@ class ProcessorEncoder:
         """What the processor gives, padded on the left, and `asked`.
 
         Raises:
-            ValueError: A question is too long; names the conversation.
+            TooLongError: A question is; names the conversation.
         """
         texts = [self.written(each)[0] for each in conversations]
         batch = self._processed(conversations, texts, "left")
         lengths = batch["attention_mask"].sum(1).tolist()
-        for each, length in zip(conversations, lengths, strict=True):
-            if length > self.max_length:
-                raise ValueError(
-                    f"the question of conversation {each.id} has {length:,} tokens: more than "
-                    f"max_length {self.max_length:,}"
-                )
+        long = [index for index, length in enumerate(lengths) if length > self.max_length]
+        if long:
+            reason = (
+                f"the question of conversation {conversations[long[0]].id} has "
+                f"{lengths[long[0]]:,} tokens: more than max_length {self.max_length:,}"
+            )
+            raise TooLongError(f"{reason}: shorten it, or raise max_length", reason, long)
         return {
             **{key: value for key, value in batch.items() if key not in TRACES},
             **asked(conversations),
         }
 
-    eval_batch = Encoder.eval_batch  # the same, of these batches
+    # The same, of these batches.
+    eval_batch = Encoder.eval_batch
+    _asked_batch = Encoder._asked_batch
 
     def written(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text before images are written out, and the spans that the assistant says.
@@ -159,12 +167,13 @@ class ProcessorEncoder:
         }
 
     def _refuse_empty(self, conversations: Sequence[Conversation], learnt: Sequence[bool]) -> None:
-        for each, some in zip(conversations, learnt, strict=True):
-            if not some:
-                raise ValueError(
-                    f"conversation {each.id}: none of its answers begins within max_length "
-                    f"{self.max_length:,} tokens: raise it, or leave it out"
-                )
+        empty = [index for index, some in enumerate(learnt) if not some]
+        if empty:
+            reason = (
+                f"conversation {conversations[empty[0]].id}: none of its answers begins within "
+                f"max_length {self.max_length:,} tokens"
+            )
+            raise TooLongError(f"{reason}: raise it, or leave it out", reason, empty)
 
 
 def _content(text: str) -> Iterator[dict[str, str]]:

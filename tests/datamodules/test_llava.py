@@ -70,6 +70,43 @@ def test_validation_is_held_out_by_image_and_by_seed(tmp_path: Path) -> None:
     assert any(held(seed)[1] != val for seed in range(1, 5))
 
 
+def about_two(own: str, *images: str) -> dict[str, Any]:
+    found = record(own, list(images))
+    found["conversations"][0]["value"] = "<image> or <image>?"
+    return found
+
+
+def test_what_shares_any_image_is_held_out_together(tmp_path: Path) -> None:
+    """Images 1 to 3 are linked by pairs, and so are 4 to 6; no two records have the same pair."""
+    links = {"a": "12", "b": "45", "c": "23", "d": "56", "e": "46", "f": "13"}
+    given = [about_two(own, *(f"{n}.jpg" for n in pair)) for own, pair in links.items()]
+    for number in (5, 6):
+        picture(tmp_path / f"{number}.jpg")
+    seen = set()
+    for seed in range(8):
+        data = build(tmp_path, given, seed=seed, val_fraction=0.4)
+        data.setup("fit")
+        seen.add(frozenset(data.datasets["val"].names))
+        assert set(data.datasets["train"].names) == links.keys() - set(data.datasets["val"].names)
+    assert seen == {frozenset("acf"), frozenset("bde")}
+
+    data = build(tmp_path, [*given, about_two("link", "1.jpg", "6.jpg")])
+    with pytest.raises(ValueError, match=r"linked by images that they share: .*\(val_file\)"):
+        data.setup("fit")
+
+
+def test_validation_is_the_share_that_was_asked_for(tmp_path: Path) -> None:
+    """A group that is larger stays in training."""
+    chain = [about_two(f"chain{n}", f"{n}.jpg", f"{n + 1}.jpg") for n in (1, 2, 3)]
+    texts = [record(f"text{n}", None) for n in range(6)]
+    for seed in range(8):
+        data = build(tmp_path, [*chain, *texts], seed=seed, val_fraction=0.2)
+        data.setup("fit")
+        held = set(data.datasets["val"].names)
+        assert len(held) == 2
+        assert held < {row["id"] for row in texts}
+
+
 def test_prediction_asks_for_the_last_answer(tmp_path: Path) -> None:
     asked = record(7)
     asked["conversations"] = asked["conversations"][:1]

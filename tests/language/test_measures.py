@@ -24,6 +24,11 @@ from litflora.language.output import Output, token_loss
         ("no", ["yes", "maybe"], False),
         ("another", ["nother"], False),  # an article is a word, not a beginning
         ("U.S.A.", ["u.s.a"], True),
+        ("B", ["A, B"], False),
+        ("vitamin", ["vitamin A"], False),
+        ("a", ["A."], True),
+        ("on mat", ["on the mat"], False),  # an article in the midst is said, or not
+        ("2", ["two"], False),
         ("", ["yes"], False),
     ],
 )
@@ -113,10 +118,11 @@ class Parrot(AnswersModule):
         self.logged[name] = round(float(value), 4)
 
 
-def evaluate(said, accepted, closed):
+def evaluate(said, accepted, closed, unanswered=()):
     module = Parrot(said)
     labels = torch.full((len(said), 3), 1)
     batch = {"labels": labels, "prompt": {}, "accepted": accepted, "closed": closed}
+    batch["unanswered"] = [index in unanswered for index in range(len(said))]
     module.test_step(batch, 0)
     module.on_test_epoch_end()
     logged = {key.removeprefix("test/"): value for key, value in module.logged.items()}
@@ -127,6 +133,11 @@ def evaluate(said, accepted, closed):
 def test_open_and_closed_questions_are_told_apart():
     logged = evaluate(["yes", "no", "cat"], [["yes"], ["yes"], ["dog"]], [True, True, False])
     assert logged == {"exact": 0.3333, "vqa": 0.3333, "exact_closed": 0.5, "exact_open": 0.0}
+
+
+def test_what_was_not_asked_is_not_answered():
+    said = evaluate(["yes", "yes"], [["yes"], ["yes"]], [True, True], unanswered=[1])
+    assert said == {"exact": 0.5, "vqa": 0.5, "exact_closed": 0.5}
 
 
 def test_bleu_is_of_captions_alone():

@@ -15,6 +15,13 @@ from litflora.language.measures import normalized
         ("B.", "b"),
         ("", ""),
         ("Theatre", "theatre"),
+        ("A, B", "a, b"),
+        ("vitamin A", "vitamin a"),
+        ("The cat on the mat!", "cat on the mat"),
+        ('The "cat"', "cat"),
+        ("the", "the"),
+        ("The ", "the"),
+        ("two", "two"),
     ],
 )
 def test_what_is_left_of_an_answer(said: str, left: str) -> None:

@@ -259,11 +259,16 @@ def language_blocks(model: nn.Module) -> Iterator[str]:
         name.replace(".", r"\.")
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and any(type(child).__name__ in kinds for child in module)
+        and any(kinds & _kinds(child) for child in module)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} names no blocks in _no_split_modules")
     return iter(found)
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """Names of a module's class and of those below it: a shared out block has a class of its own."""
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def _check_widths(channels: int, connector: Connector, language_model: nn.Module) -> None:

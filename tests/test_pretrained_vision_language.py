@@ -377,3 +377,20 @@ def deltas(net: PretrainedNet, tuning: Tuning) -> dict[str, int]:
         part: sum(size for name, size in sizes.items() if is_inside(name, parts[part]))
         for part in ("tower", "language_model")
     }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_takes_part_in_a_step_without_images(
+    folders: dict[str, Path], kind: str
+) -> None:
+    module = tuned(folders[kind])
+    turns = (Turn("user", "How?"), Turn("assistant", "So."))
+    batch = module.encoder.train_batch([Conversation("text", turns, ())])
+    alone = module(batch).loss
+    loss = module.train()(batch).loss
+    loss.backward()
+    assert torch.equal(loss, alone)
+    for name, parameter in module.net.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    for name in PARTS[kind]["connector"]:
+        assert all(not p.grad.any() for p in module.net.get_submodule(name).parameters())

@@ -258,8 +258,7 @@ def language_blocks(model: nn.Module) -> Iterator[str]:
     found = [
         name.replace(".", r"\.")
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and any(kinds & _kinds(child) for child in module)
+        if isinstance(module, nn.ModuleList) and any(kinds & _kinds(child) for child in module)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} names no blocks in _no_split_modules")
@@ -267,7 +266,7 @@ def language_blocks(model: nn.Module) -> Iterator[str]:
 
 
 def _kinds(module: nn.Module) -> set[str]:
-    """Names of a module's class and of those below it: a shared out block has a class of its own."""
+    """Names of a module's class and its bases: a sharded block has a class of its own."""
     return {kind.__name__ for kind in type(module).__mro__}
 
 

@@ -30,7 +30,8 @@ def without_weights(kind: Any, name: str, waiting: Deferred) -> nn.Module:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
-    with parameters_on_meta():
+    # What is drawn afterwards, as deltas are, is what it is where weights are read at once.
+    with torch.random.fork_rng(devices=()), parameters_on_meta():
         net = kind.from_config(config, dtype=torch.float32)
     state = {key: t for file in _weight_files(name) for key, t in waiting.load_file(file).items()}
     floats = [t.dtype for t in state.values() if t.is_floating_point()]

@@ -36,10 +36,10 @@ def test_two_processes_train_as_one(found, case, strategy):
     single, *_ = one[case, "single"]
     for rank in two:
         left, *_ = rank[case, strategy]
-        assert left.losses == pytest.approx(single.losses, rel=1e-5)
-        assert left.moved == left.trained == single.trained
         assert left.start.keys() == single.start.keys()
         assert all(torch.equal(left.start[name], single.start[name]) for name in single.start)
+        assert left.losses == pytest.approx(single.losses, rel=1e-5)
+        assert left.moved == left.trained == single.trained
         assert all(torch.equal(left.end[n], two[0][case, strategy][0].end[n]) for n in left.end)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,7 @@ def fits(
     found = {}
     for case, base in bases.items():
         for strategy in strategies:
+            begin = time.perf_counter()
             own = folder / case / strategy
             data = questions(1 if strategy == "single" else 2)
             made, seeing = module(case, base), Seeing()
@@ -91,4 +93,5 @@ def fits(
                 k: a for row in rows for k, a in zip(row["ids"], row["answers"], strict=True)
             }
             found[case, strategy] = left, metrics, answers, seeing.steps
+            print(f"{case} {strategy} took {time.perf_counter() - begin:.1f} s")
     return found

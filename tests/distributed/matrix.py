@@ -125,6 +125,7 @@ def _made(task: str, tuning: Tuning, folder: Path) -> tuple[Any, Any]:
     if task == "vision_language":
         small = {"img_size": 32, "max_new_tokens": 2, "tuning": tuning, "weights": "embedded"}
         made: Any = VisionLanguageModule("convnext_shapes", str(folder / LANGUAGE), **small)
+        made.configure_callbacks = list  # its gallery takes longer than all else
         return made, ShapesQuestionsDataModule(**{**SMALL, "img_size": 32, "eval_batch_size": 1})
     if task == "segmentation":
         net = {**DENSE, "num_classes": 11, "head": "segformer"}

@@ -123,8 +123,9 @@ def _made(task: str, tuning: Tuning, folder: Path) -> tuple[Any, Any]:
         uneven = {**SMALL, "val_samples": 5}  # two batches to evaluate for the one, and one
         return ClassificationModule(**NET, tuning=tuning), ShapesDataModule(**uneven)
     if task == "vision_language":
-        small = {"img_size": 32, "max_new_tokens": 2, "tuning": tuning, "weights": "embedded"}
-        made: Any = VisionLanguageModule("convnext_shapes", str(folder / LANGUAGE), **small)
+        small = {"weights": "embedded", "img_size": 32, "max_new_tokens": 2, "lr": 1e-2}
+        language = str(folder / LANGUAGE)
+        made: Any = VisionLanguageModule("convnext_shapes", language, tuning=tuning, **small)
         made.configure_callbacks = list  # its gallery takes longer than all else
         return made, ShapesQuestionsDataModule(**{**SMALL, "img_size": 32, "eval_batch_size": 1})
     if task == "segmentation":

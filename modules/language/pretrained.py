@@ -18,6 +18,9 @@ from ..backbones.deferred import deferred
 from .composed import LAYER, Output, language_blocks, token_loss
 from .deferred import without_weights
 
+# What a tower tells of itself: a gradient of it would pass blocks that no image's does.
+UNTAKEN = {"last_hidden_state", "hidden_states", "attentions"}
+
 
 class PretrainedNet(nn.Module):
     """A model of transformers that takes images and text, as litflora's modules ask for it.
@@ -163,8 +166,9 @@ class PretrainedNet(nn.Module):
             image = {
                 k: v.to(embedded.dtype) if v.is_floating_point() else v for k, v in blank.items()
             }
-            found = tree_leaves(self.model.get_image_features(**image, return_dict=True))
-            return embedded + sum(f.flatten()[:0].sum() for f in found if torch.is_tensor(f))
+            given = self.model.get_image_features(**image, return_dict=True)
+            found = tree_leaves([given[key] for key in given if key not in UNTAKEN])
+            return embedded + sum(features.flatten()[:0].sum() for features in found)
 
         handle = self.model.get_input_embeddings().register_forward_hook(add_nothing)
         try:

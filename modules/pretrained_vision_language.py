@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from .language.pretrained import (
 from .language.processing import ProcessorEncoder
 from .optim import OneCycle
 from .precision import LanguageBaseDtype
+
+SIDE = 32  # of a blank image, in pixels
 
 
 class PretrainedVisionLanguageModule(AnswersModule):
@@ -136,10 +139,22 @@ class PretrainedVisionLanguageModule(AnswersModule):
         for name in net.unread():
             net.get_submodule(name).requires_grad_(False)
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What of a batch the network takes."""
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What of a batch the network takes, and a blank image if it has none."""
         assert self.net is not None
-        return {key: value for key, value in batch.items() if key in self.net.takes}
+        taken = {key: value for key, value in batch.items() if key in self.net.takes}
+        if "pixel_values" in taken:
+            return taken
+        return {**taken, "blank": move_data_to_device(self._blank, self.device)}
+
+    @cached_property
+    def _blank(self) -> dict[str, Tensor]:
+        """What the tower takes of a blank image."""
+        assert self.net is not None
+        blank = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+        made = self.encoder.processor.image_processor(images=[blank], return_tensors="pt")
+        taken = inspect.signature(self.net.model.get_image_features).parameters
+        return {key: value for key, value in made.items() if key in taken}
 
     def example(self, images: Tensor) -> tuple[Any, ...]:
         """As many conversations as there are images, each about a blank one of their size."""

@@ -407,3 +407,20 @@ def test_llava_7b_on_the_meta_device() -> None:
 def test_the_table_of_the_guide_is_what_the_benchmark_prints() -> None:
     guide = Path(__file__).resolve().parents[1] / "docs" / "vision_language.md"
     assert table() in guide.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_takes_part_in_a_step_without_images(
+    folders: dict[str, Path], kind: str
+) -> None:
+    module = tuned(folders[kind])
+    turns = (Turn("user", "How?"), Turn("assistant", "So."))
+    batch = module.encoder.train_batch([Conversation("text", turns, ())])
+    alone = module(batch).loss
+    loss = module.train()(batch).loss
+    loss.backward()
+    assert torch.equal(loss, alone)
+    for name, parameter in module.net.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    for name in PARTS[kind]["connector"]:
+        assert all(not p.grad.any() for p in module.net.get_submodule(name).parameters())

@@ -205,9 +205,20 @@ def fill(net: nn.Module, sources: Mapping[str, Source], device: torch.device) ->
         sources: Where the values of these parameters are, by name.
         device: Where they are put.
     """
+    tied = _tied(net)
     net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    for name, first in tied.items():  # each of the two has got memory of its own
+        parent, _, own = name.rpartition(".")
+        setattr(net.get_submodule(parent), own, net.get_parameter(first))
     for name, source in sources.items():
         _read_into(net.get_parameter(name), source)
+
+
+def _tied(net: nn.Module) -> dict[str, str]:
+    """The names of parameters that have another name, too, with the first one that they have."""
+    first: dict[nn.Parameter, str] = {}
+    named = net.named_parameters(remove_duplicate=False)
+    return {n: first[p] for n, p in named if first.setdefault(p, n) != n}
 
 
 def _read_into(parameter: Tensor, source: Source) -> None:

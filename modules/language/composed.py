@@ -107,9 +107,9 @@ class VisionLanguageNet(Wrapper):
     def _embedded(self, images: Tensor | None, like: Tensor) -> Tensor:
         """Embeddings ``[tokens, width]`` of all images."""
         none = images is None or not len(images)
-        if none and not self.training:
+        if none and not (self.training or is_sharded(self)):
             return like.new_zeros(0, like.shape[-1])
-        if none:  # every parameter takes part in every step: processes wait for each other's
+        if none:  # processes wait for each other's gradients, and for weights that are shared out
             images = like.new_zeros(1, *self.pretrained_cfg["input_size"])
         found = self.connector(self.features(images)).flatten(0, 1).to(like.dtype)
         return found[:0] if none else found

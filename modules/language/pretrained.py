@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..adapters.sharded import is_sharded
 from ..adapters.targets import is_inside
+from ..backbones.deferred import deferred
+from .deferred import without_weights
 from .layers import block_lists, inside, language_groups, numbered
 from .output import Output, token_loss
+
+# What a tower tells of itself: a gradient of it would pass blocks that no image's does.
+UNTAKEN = {"last_hidden_state", "hidden_states", "attentions"}
 
 
 class PretrainedNet(nn.Module):
@@ -125,8 +132,8 @@ class PretrainedNet(nn.Module):
         self,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        prompt: dict[str, Tensor] | None = None,
-        others: dict[str, Tensor] | None = None,
+        prompt: dict[str, Any] | None = None,
+        others: dict[str, Any] | None = None,
         **given: Any,
     ) -> Output:
         """The logits of every next token, the loss if there are labels, and an answer to a prompt.
@@ -135,16 +142,17 @@ class PretrainedNet(nn.Module):
             input_ids: ``[batch, length]``; None is a prompt alone.
             labels: ``[batch, length]``, -100 where nothing is to be learnt.
             prompt: What `generate` takes.
-            others: What else the model takes, as its processor makes it.
+            others: What else the model takes, as its processor makes it, and ``blank``: an image
+                that the tower runs on where there is none and processes wait for each other.
             given: The same by name; and options of `generate`.
         """
         loss = logits = tokens = None
         given = {**(others or {}), **given}
+        blank = given.pop("blank", None)
         inputs = {key: value for key, value in given.items() if key in self.takes}
         if input_ids is not None:
-            logits = self.model(input_ids=input_ids, **inputs, use_cache=False).logits
-            if self.training and inputs.get("pixel_values") is None:
-                logits = logits + self._nothing()
+            with self._tower_runs(inputs, blank):
+                logits = self.model(input_ids=input_ids, **inputs, use_cache=False).logits
         if logits is not None and labels is not None:
             loss = token_loss(logits, labels)
         if prompt is not None:
@@ -152,28 +160,51 @@ class PretrainedNet(nn.Module):
             tokens = self.generate(**prompt, **options)
         return Output(loss, logits, tokens)
 
-    def _nothing(self) -> Tensor | float:
-        """A zero of all that trains before the language model: it takes part in every step.
+    @contextmanager
+    def _tower_runs(
+        self, inputs: dict[str, Any], blank: dict[str, Tensor] | None
+    ) -> Iterator[None]:
+        """Has the tower take part in the model's next call, if that has no images.
 
-        Processes wait for each other's gradients, and one may have no images.
+        Processes wait for each other's gradients, and for the weights of a tower that is shared
+        out; one of them may have no images. The features of a blank one then come to nothing where
+        those of images would come in: among the embeddings of tokens.
         """
-        parts = self.parts()
-        names = [*parts["tower"], *parts["connector"]]
-        modules = [] if is_sharded(self) else map(self.get_submodule, names)
-        trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-        return 0.0 * sum(p.sum() for p in trained)
+        has_images = inputs.get("pixel_values") is not None
+        if has_images or blank is None or not (self.training or is_sharded(self)):
+            yield
+            return
+
+        def add_nothing(layer: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+            handle.remove()  # the words of an answer follow one by one
+            image = {
+                k: v.to(embedded.dtype) if v.is_floating_point() else v for k, v in blank.items()
+            }
+            given = self.model.get_image_features(**image, return_dict=True)
+            found = tree_leaves([given[key] for key in given if key not in UNTAKEN])
+            return embedded + sum(features.flatten()[:0].sum() for features in found)
+
+        handle = self.model.get_input_embeddings().register_forward_hook(add_nothing)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, blank: dict[str, Tensor] | None = None, **options: Any
+    ) -> Tensor:
         """New tokens ``[batch, length]``.
 
         Args:
             input_ids: Padded on the left, ``[batch, length]``.
+            blank: See `forward`.
             options: What else the model takes, and options of transformers' ``generate``.
         """
         # Processes that hold parts of the network make as many steps as the one that makes most.
         synced = is_sharded(self)
-        tokens = self.model.generate(input_ids=input_ids, synced_gpus=synced, **options)
+        with self._tower_runs(options, blank):
+            tokens = self.model.generate(input_ids=input_ids, synced_gpus=synced, **options)
         return tokens[:, input_ids.shape[1] :]
 
 
@@ -193,6 +224,8 @@ def _mergers(tower: nn.Module, width: int) -> list[nn.Module]:
 def pretrained_model(name: str) -> nn.Module:
     """A model that takes images and text, in float32, each weight read into place.
 
+    Where the network is to be shared out, its weights stay in their files.
+
     Args:
         name: A folder, or a name on the hub.
 
@@ -201,9 +234,11 @@ def pretrained_model(name: str) -> nn.Module:
     """
     from transformers import AutoModelForImageTextToText
 
-    model, told = _read(
-        AutoModelForImageTextToText, name, dtype=torch.float32, output_loading_info=True
-    )
+    kind = AutoModelForImageTextToText
+    if (waiting := deferred()) is not None:
+        with _explained(kind, name):
+            return without_weights(kind, name, waiting).eval()
+    model, told = _read(kind, name, dtype=torch.float32, output_loading_info=True)
     if told["missing_keys"]:
         lost = sorted(told["missing_keys"])
         raise ValueError(f"the weights of {name} lack {lost[0]} ({len(lost)} in all)")
@@ -226,8 +261,15 @@ def positions_of(name: str) -> int:
 
 
 def _read(kind: Any, name: str, **options: Any) -> Any:
-    try:
+    with _explained(kind, name):
         return kind.from_pretrained(name, **options)
+
+
+@contextmanager
+def _explained(kind: Any, name: str) -> Iterator[None]:
+    """Says in a line what could not be read."""
+    try:
+        yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{kind.__name__} cannot read {name}: {reason}") from error

@@ -129,6 +129,8 @@ class ProcessorEncoder:
     def _processed(
         self, conversations: Sequence[Conversation], texts: Sequence[str], side: str
     ) -> Batch:
+        from transformers import BatchFeature
+
         begin = self.tokenizer.bos_token
         found = self.processor(
             text=list(texts),
@@ -136,11 +138,13 @@ class ProcessorEncoder:
             add_special_tokens=not (begin and texts[0].startswith(begin)),  # templates write it
             padding=True,
             padding_side=side,
-            return_tensors="pt",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
+            images_kwargs={"return_tensors": "pt"},
         )
-        return dict(found)
+        # Where images were written out to is no numbers, as InternVL's processor takes it to be if
+        # the first of several texts has no image.
+        return dict(BatchFeature(found, "pt", skip_tensor_conversion=TRACES[1:]))
 
     def _labels(self, batch: Batch, spans: Sequence[Sequence[Span]]) -> Tensor:
         """The ids of the assistant's tokens, -100 elsewhere: ``[batch, length]``."""

@@ -172,3 +172,12 @@ def test_processors_that_lack_something(tmp_path: Path, lost: dict[str, Any], to
         setattr(processor, name, value)
     with pytest.raises(ValueError, match=told):
         ProcessorEncoder(processor, LONG)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_before_an_image_changes_nothing(folders: dict[str, Path], kind: str) -> None:
+    writer = encoder(folders[kind])
+    text, seen = talk("Hi", "yo", name="text"), talk("<image>\nWhat?", "a cat")
+    before, after = writer.train_batch([text, seen]), writer.train_batch([seen, text])
+    assert torch.equal(before["labels"], after["labels"].flip(0))
+    assert torch.equal(before["pixel_values"], after["pixel_values"])

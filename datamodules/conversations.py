@@ -51,25 +51,40 @@ class Conversation:
             answered: Whether somebody must answer; else there must be something to ask.
 
         Raises:
-            ValueError: A role is unknown, nobody answers, or images and their marks differ in
-                number; it names the conversation.
+            ValueError: A role is unknown, nobody answers, turns do not take turns, a text is none,
+                or images and their marks differ in number; it names the conversation.
         """
         for turn in self.turns:
             if turn.role not in ROLES:
                 raise ValueError(
                     f"conversation {self.id}: role {turn.role!r} is none of {', '.join(ROLES)}"
                 )
+            if any("\ud800" <= letter <= "\udfff" for letter in turn.text):
+                raise ValueError(
+                    f"conversation {self.id} holds half a character (a lone surrogate): mend it"
+                )
         roles = [turn.role for turn in self.turns]
         if answered and ASSISTANT not in roles:
             raise ValueError(f"conversation {self.id} has no assistant turn: nothing to learn")
         if not answered and USER not in roles:
             raise ValueError(f"conversation {self.id} has no user turn: nothing to answer")
+        self._check_order(roles[1:] if roles[:1] == [SYSTEM] else roles)
         marks = sum(turn.text.count(IMAGE) for turn in self.turns)
         if marks != len(self.images):
             raise ValueError(
                 f"conversation {self.id} has {marks} {IMAGE} in its text, and "
                 f"{len(self.images)} image(s): write {IMAGE} once for each image, where it belongs"
             )
+
+    def _check_order(self, roles: list[str]) -> None:
+        """Raises unless user and assistant take turns: chat templates ask for nothing else."""
+        expected = [(USER, ASSISTANT)[number % 2] for number in range(len(roles))]
+        for number, (role, due) in enumerate(zip(roles, expected, strict=True), 1):
+            if role != due:
+                raise ValueError(
+                    f"conversation {self.id}: turn {number} is the {role}'s, and the {due} is due: "
+                    "user and assistant take turns, after a system's first"
+                )
 
     def question(self) -> Conversation:
         """Everything before the last answer."""

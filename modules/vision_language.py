@@ -150,6 +150,11 @@ class VisionLanguageModule(AnswersModule):
                 f"max_length {self.max_length:,} is more than the {most:,} positions of language "
                 f"model {self._language_model}: give {most:,} or less"
             )
+        if most is not None and self.max_new_tokens >= most:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens:,} leaves nothing of the {most:,} positions "
+                f"of language model {self.language_model} for a question: lower it"
+            )
         return self.max_length or min(most or LENGTH, LENGTH)
 
     def build(self) -> nn.Module:

@@ -158,6 +158,8 @@ def test_mistakes_in_chat(made, tmp_path):
     assert "cannot read" in mistake("chat", adapter, tmp_path / "text.png")
     assert "is not an adapter folder" in mistake("chat", tmp_path, image)
     assert "--question is empty" in mistake("chat", adapter, image, "--question", " ")
+    marked = mistake("chat", adapter, image, "--question", "what <image> is")
+    assert "a question cannot hold <image>: chat is about one image" in marked
     long = mistake("chat", adapter, image, "--question", "why " * 1000)
     assert "tokens: more than max_length 1,024: shorten it" in long
     other = shutil.copytree(adapter, tmp_path / "other")

@@ -36,8 +36,14 @@ def run(args: argparse.Namespace) -> None:
     module = _module(args)
     turns: list[Turn] = []
     for question in _questions() if args.question is None else [args.question]:
+        if IMAGE in question:
+            raise ValueError(
+                f"a question cannot hold {IMAGE}: chat is about one image, {args.image}"
+            )
         turns.append(Turn(USER, question if turns else f"{IMAGE}\n{question}"))
-        answer = module.reply(Conversation(str(args.image), tuple(turns), (image,)))
+        asked = Conversation(str(args.image), tuple(turns), (image,))
+        asked.check(answered=False)
+        answer = module.reply(asked)
         turns.append(Turn(ASSISTANT, answer))
         print(answer, flush=True)
 

@@ -9,6 +9,7 @@ from unicodedata import category
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from ..datamodules.conversations import ASSISTANT, Conversation
 from ..language.measures import are_sentences, is_exact
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 CHARACTERS, LINES = 36, 11  # of text that there is room for beside an image
 POINTS, LEADING = 10, 14
 PAPER = 255
+SIDE = 512  # pixels of an image, at the most
 GAP = 4  # pixels between images
 BLACK = (40, 40, 40)
 NOTHING = "(nothing)"
@@ -76,6 +78,7 @@ class ConversationDrawing(Drawing):
 
 def collage(images: Sequence[Tensor]) -> Tensor:
     """Images ``[3, H, W]``, uint8, side by side on paper that is high enough for text beside it."""
+    images = [_thumbnail(image) for image in images]
     width = sum(image.shape[-1] for image in images) + GAP * (len(images) - 1)
     width = max(width, 4)  # of no image
     height = max([width * 3 // 4, *(image.shape[-2] for image in images)])
@@ -85,6 +88,14 @@ def collage(images: Sequence[Tensor]) -> Tensor:
         paper[:, : image.shape[-2], left : left + image.shape[-1]] = image
         left += image.shape[-1] + GAP
     return paper
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    """An image as large as it is drawn at the most: paper for a panorama would fill the memory."""
+    scale = SIDE / max(image.shape[-2:])
+    if scale >= 1:
+        return image
+    return resize(image, [max(1, round(scale * side)) for side in image.shape[-2:]], antialias=True)
 
 
 def write(axis: Axes, pieces: Sequence[tuple[str, Color]]) -> None:

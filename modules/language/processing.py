@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..datamodules.conversations import ASSISTANT, IMAGE, Conversation, Turn
 from .encoding import IGNORED, Batch, Encoder, asked
-from .templates import Span, spoken
+from .templates import Span, harmless, spoken
 from .too_long import LengthGuard, TooLongError
 
 # Where in a text its tokens are, and what images were written out to: to find who says what.
@@ -113,7 +113,11 @@ class ProcessorEncoder:
         Raises:
             ValueError: The text has other numbers of images than the conversation; names it.
         """
-        text, spans = spoken(self._render, conversation.turns, self.tokenizer.eos_token or "")
+        text, spans = spoken(
+            self._render,
+            harmless(self.tokenizer, conversation.turns),
+            self.tokenizer.eos_token or "",
+        )
         count = text.count(self.processor.image_token)
         if count != len(conversation.images):
             raise ValueError(

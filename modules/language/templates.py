@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..datamodules.conversations import ASSISTANT, SYSTEM, Turn
+from ..datamodules.conversations import ASSISTANT, IMAGE, SYSTEM, Turn
 
 # Of Vicuna v1, which LLaVA-1.5 was trained with: for tokenizers that bring no chat template.
 VICUNA_SYSTEM = (
@@ -32,7 +34,21 @@ def written(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
     Raises:
         ValueError: The template rewrites what it wrote before, so that there are no such spans.
     """
-    return spoken(partial(_render, tokenizer), turns, tokenizer.eos_token or "")
+    return spoken(
+        partial(_render, tokenizer), harmless(tokenizer, turns), tokenizer.eos_token or ""
+    )
+
+
+def harmless(tokenizer: Any, turns: Sequence[Turn]) -> list[Turn]:
+    """Turns in whose texts no token of the template stands, so that nobody speaks for another.
+
+    A blank goes into what would be one, such as ``</s>``; marks of images stay.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    special = sorted({token.content for token in added if token.special} - {IMAGE}, key=len)
+    pattern = re.compile("|".join(map(re.escape, reversed(special))) or r"(?!)")
+    apart = lambda found: f"{found[0][:1]} {found[0][1:]}"  # noqa: E731
+    return [replace(turn, text=pattern.sub(apart, turn.text)) for turn in turns]
 
 
 def spoken(

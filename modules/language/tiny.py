@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# What the tokenizer decides.
+FIXED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -52,12 +55,29 @@ def tiny_language_model(sizes: dict[str, Any] | None = None) -> nn.Module:
 
     Args:
         sizes: What differs from `SIZES`; names are those of transformers' LlamaConfig.
+
+    Raises:
+        ValueError: It has no such size, or they do not fit each other.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    _check(sizes or {}, {*LlamaConfig().to_dict(), "attn_implementation"})
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     count = len(SPECIAL) + 256
     config = LlamaConfig(
         vocab_size=count, **special, tie_word_embeddings=True, **{**SIZES, **(sizes or {})}
     )
     return LlamaForCausalLM(config)
+
+
+def _check(sizes: dict[str, Any], known: set[str]) -> None:
+    for name in sizes:
+        if name not in known or name in FIXED:
+            near = difflib.get_close_matches(name, [*SIZES], n=1) or [", ".join(SIZES)]
+            raise ValueError(f"language_options has no {name}: there is {near[0]}")
+    width, heads = ({**SIZES, **sizes}[n] for n in ("hidden_size", "num_attention_heads"))
+    if width % (2 * heads):
+        raise ValueError(
+            f"language_options: hidden_size {width} cannot be shared out among {heads} "
+            f"num_attention_heads: give a multiple of {2 * heads}"
+        )

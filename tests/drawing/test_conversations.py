@@ -138,3 +138,10 @@ def test_a_sheet_of_conversations(encoder):
     assert titles == ["a", "", "in training", ""]
     first, second = (written(figure.axes[place])[0][0] for place in (1, 3))
     assert (first, second) == ("<image>", "<s><user><image> x 3")
+
+
+def test_a_panorama_is_drawn_small():
+    """Paper for it as it is would take gigabytes."""
+    drawn = collage([torch.zeros(3, 1, 30000, dtype=torch.uint8), torch.zeros(3, 40, 30)])
+    assert drawn.shape[-1] == 512 + 4 + 30
+    assert max(drawn.shape) < 600

@@ -221,6 +221,24 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_ended(tmp_path):
     assert {name.split(".")[1] for name in moved} == {"tower", "connector", "language_model"}
 
 
+def test_what_is_too_long_ends_no_run(tmp_path):
+    long = record("long", None)
+    long["conversations"][0]["value"] = "so " * 500
+    write_llava(tmp_path, [*records()[:4], long])
+    data = LlavaDataModule(str(tmp_path), "train.json", "train.json", batch_size=5)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, default_root_dir=tmp_path, **quiet
+    )
+    with pytest.warns(UserWarning, match="conversation long has") as told:
+        trainer.fit(module(max_length=200), data)
+    said = [str(each.message) for each in told if "conversation long has" in str(each.message)]
+    assert sum("left out of training" in each for each in said) == 1
+    assert sum("counts as unanswered" in each for each in said) == 1
+    assert trainer.callback_metrics["val/exact"] == 0
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+
+
 def test_a_language_model_without_an_image_token_gets_one(language_folder):
     made = module(language_model=str(language_folder), language_options=None)
     assert made.encoder.image_token == byte_tokenizer().convert_tokens_to_ids("<image>")

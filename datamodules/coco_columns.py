@@ -2,13 +2,34 @@
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .records import read_json
+
 Content = dict[str, list[dict[str, Any]]]
 _KINDS = {int: "whole number", str: "text", Hashable: "number"}
+
+
+def read_content(path: Path, of: str, lists: Sequence[str]) -> Content:
+    """A COCO file with lists of rows, none of which but the annotations may be empty.
+
+    Args:
+        path: The JSON file.
+        of: What it is about, for messages.
+        lists: What must be in it.
+    """
+    content = read_json(path)
+    for kind in lists:
+        rows = content.get(kind) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} is no COCO file of {of}: it has no list {kind!r}")
+        if not rows and kind != "annotations":
+            raise ValueError(f"{path} has no {kind}")
+    return content
 
 
 def column(content: Content, list_name: str, key: str, kind: type = object) -> list[Any]:

@@ -1,6 +1,5 @@
 """COCO's JSON files: images, classes, boxes and masks, checked while they are read."""
 
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .coco_columns import Content, check_unique, column, ids_of, numbers
+from .coco_columns import Content, check_unique, column, ids_of, numbers, read_content
 from .dense_files import raise_mistakes
 from .detection import Objects
 from .detection_files import ListedImage, Size, clipped, flawed_boxes
@@ -69,7 +68,7 @@ class CocoFile(Sequence[CocoImage]):
 
     @cached_property
     def _read(self) -> tuple[dict[int, str], list[CocoImage]]:
-        content = _load(self.path)
+        content = read_content(self.path, "objects", ("images", "annotations", "categories"))
         try:
             ids = zip(ids_of(content, "annotations"), content["annotations"], strict=True)
             content["annotations"] = [row for number, row in ids if number not in self.flawed]
@@ -106,24 +105,6 @@ def draw_masks(shapes: Sequence[Segmentation], size: Size) -> NDArray[np.uint8]:
 
     drawn = api.decode([lengths(shape) for shape in shapes])
     return np.ascontiguousarray(drawn.transpose(2, 0, 1))
-
-
-def _load(path: Path) -> Content:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing (set data.init_args.root to the data set's own folder)"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as reason:
-        raise ValueError(f"{path} is no JSON: {reason}") from reason
-    for kind in ("images", "annotations", "categories"):
-        rows = content.get(kind) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} is no COCO file of objects: it has no list {kind!r}")
-        if not rows and kind != "annotations":
-            raise ValueError(f"{path} has no {kind}")
-    return content
 
 
 def _images(

@@ -50,16 +50,16 @@ class ShapesDataModule(ClassificationDataModule):
         samples_per_class: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, samples_per_class)
-        self.counts = _counts(domain, img_size, train_samples, val_samples, test_samples)
+        self.counts = counts_of(domain, img_size, train_samples, val_samples, test_samples)
         self.domain = domain
         self.img_size = img_size
         self.class_names = list(KINDS)
 
     def split(self, name: str) -> Samples:
         """Draw all images of a split; prediction takes those of the test split."""
-        scenes, names = _draw(self.seed, name, self.counts)
+        scenes, names = draw(self.seed, name, self.counts)
         return Samples(
-            images=_pictures(scenes, self.img_size, self.domain),
+            images=pictures(scenes, self.img_size, self.domain),
             labels=[KINDS.index(scene.main.kind) for scene in scenes],
             names=names,
         )
@@ -95,7 +95,7 @@ class ShapesSegmentationDataModule(SegmentationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        self.counts = _counts(domain, img_size, train_samples, val_samples, test_samples)
+        self.counts = counts_of(domain, img_size, train_samples, val_samples, test_samples)
         self.domain = domain
         self.crop_size = (img_size, img_size)
 
@@ -132,7 +132,7 @@ class ShapesDetectionDataModule(DetectionDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        self.counts = _counts(domain, img_size, train_samples, val_samples, test_samples)
+        self.counts = counts_of(domain, img_size, train_samples, val_samples, test_samples)
         self.domain = domain
         self.crop_size = (img_size, img_size)
         self.class_names = list(KINDS)
@@ -143,7 +143,7 @@ class ShapesDetectionDataModule(DetectionDataModule):
         return _dense(self, name, target, v2.ToPureTensor())
 
 
-def _counts(domain: str, img_size: int, *samples: int) -> dict[str, int]:
+def counts_of(domain: str, img_size: int, *samples: int) -> dict[str, int]:
     """The samples of each split, once all is checked."""
     if domain not in DOMAINS:
         raise ValueError(f"domain {domain!r} is none of {', '.join(DOMAINS)}")
@@ -153,7 +153,7 @@ def _counts(domain: str, img_size: int, *samples: int) -> dict[str, int]:
     return dict(zip(SPLITS, samples, strict=True))
 
 
-def _draw(
+def draw(
     seed: int, name: str, counts: dict[str, int], layout: str = "main"
 ) -> tuple[list[Scene], list[str]]:
     """The scenes of a split and their names."""
@@ -163,7 +163,8 @@ def _draw(
     return scenes, [f"{name}/{index:05d}" for index in range(len(scenes))]
 
 
-def _pictures(scenes: list[Scene], size: int, domain: str) -> Tensor:
+def pictures(scenes: list[Scene], size: int, domain: str) -> Tensor:
+    """The pictures of scenes: uint8 [scenes, 3, size, size]."""
     pictures = np.stack([render(scene, size, domain) for scene in scenes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
@@ -175,9 +176,9 @@ def _dense(
     transform: Callable[[Any], Any],
 ) -> DenseSamples:
     """The images of a split, each with what `target` makes of scene and size."""
-    scenes, names = _draw(data.seed, name, data.counts, "even")
+    scenes, names = draw(data.seed, name, data.counts, "even")
     size = data.crop_size[0]
-    images = map(tv_tensors.Image, _pictures(scenes, size, data.domain))
+    images = map(tv_tensors.Image, pictures(scenes, size, data.domain))
     targets = (None if name == "predict" else target(scene, size) for scene in scenes)
     return DenseSamples(list(zip(images, targets, strict=True)), names, transform)
 

@@ -1,6 +1,6 @@
 """Seeded, stratified choices of samples by label."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -18,6 +18,50 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[in
         )
     chosen = set(held)
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
+
+
+def hold_out_groups(sizes: Sequence[int], fraction: float, seed: int) -> set[int]:
+    """Choose groups to hold out whole, in an order drawn from the seed, while there is room.
+
+    Args:
+        sizes: Of each group; there are two at least.
+        fraction: Share of all members to hold out, below a half; at least one group is.
+        seed: Decides the order.
+    """
+    room = max(round(fraction * sum(sizes)), min(sizes))
+    held = set()
+    for group in _by_class([0] * len(sizes), seed)[0]:
+        if sizes[group] <= room:
+            held.add(group)
+            room -= sizes[group]
+    return held
+
+
+def linked(sets: Iterable[Sequence[Hashable]]) -> tuple[list[int], list[int]]:
+    """Number the groups of sets that share members, with each other or through others.
+
+    Returns:
+        The group of each set, and how many members each group has.
+    """
+    above: dict[Hashable, Hashable] = {}  # of each member another of its group, or itself
+
+    def top(member: Hashable) -> Hashable:
+        while above.setdefault(member, member) != member:
+            above[member] = above[above[member]]  # shortens the way of those who come later
+            member = above[member]
+        return member
+
+    first = []
+    for members in sets:
+        for member in members:
+            above[top(member)] = top(members[0])
+        first.append(members[0])
+    numbers: dict[Hashable, int] = {}
+    groups = [numbers.setdefault(top(member), len(numbers)) for member in first]
+    sizes = [0] * len(numbers)
+    for member in list(above):
+        sizes[numbers[top(member)]] += 1
+    return groups, sizes
 
 
 def few_shot(labels: Sequence[int], count: int, seed: int, class_names: Sequence[str]) -> list[int]:

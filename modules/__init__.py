@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from .detection import DetectionModule as DetectionModule
     from .module import TuningModule as TuningModule
     from .module import from_adapter as from_adapter
+    from .pretrained_vision_language import (
+        PretrainedVisionLanguageModule as PretrainedVisionLanguageModule,
+    )
     from .segmentation import SegmentationModule as SegmentationModule
+    from .vision_language import VisionLanguageModule as VisionLanguageModule
 
 __version__ = "0.1.0"
 
@@ -34,8 +38,10 @@ _PACKAGES = ("adapters", "backbones", "callbacks", "datamodules")
 _HOMES = {
     "ClassificationModule": "classification",
     "DetectionModule": "detection",
+    "PretrainedVisionLanguageModule": "pretrained_vision_language",
     "SegmentationModule": "segmentation",
     "TuningModule": "module",
+    "VisionLanguageModule": "vision_language",
     "from_adapter": "module",
     **dict.fromkeys(("BitFit", "FLoRA", "Frozen", "Full", "LoRA"), "adapters"),
     **dict.fromkeys(("NormTuning", "PerModule", "Probe"), "adapters"),

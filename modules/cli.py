@@ -12,7 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import calibrate, inspect, merge, recipes, samples
+from .commands import calibrate, chat, inspect, merge, recipes, samples
 from .commands.mistakes import explain
 
 TRAINING = {
@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "inspect", "show what a recipe would adapt, or a saved adapter does", inspect)
     _add(commands, SAMPLES, "draw training samples of a recipe, with their truth", samples)
     _add(commands, "calibrate", "time the computing paths of a recipe on this machine", calibrate)
-    _add(commands, "merge", "merge an adapter into a file that plain timm loads", merge)
+    _add(commands, "merge", "write an adapter and its base as plain weights", merge)
+    _add(commands, "chat", "ask a vision-language adapter about an image", chat)
     return parser
 
 

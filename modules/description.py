@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def plain_hyperparameters(module: Any) -> dict[str, Any]:
     values["_class_path"] = path_of(type(module))
     values["_instantiator"] = path_of(instantiate_module)
     return values
+
+
+def foreign_arguments(module: Any) -> list[str]:
+    """Hyper-parameters that the module's own class does not take."""
+    taken = inspect.signature(type(module).__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return []
+    return [key for key in module.hparams if key not in taken and not key.startswith("_")]
 
 
 def path_of(thing: Any) -> str:

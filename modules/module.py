@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +13,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .adapters import (
+    AdapterError,
     FLoRA,
     Summary,
     Tuning,
@@ -32,7 +35,7 @@ from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
 from .backbones.blocks import check_checkpointing, checkpoint_activations
 from .backbones.deferred import Deferred, deferring, fill
-from .description import describe, plain_hyperparameters
+from .description import describe, foreign_arguments, plain_hyperparameters
 from .drawing import Drawing
 from .heads import classifier_names
 from .optim import (
@@ -75,7 +78,10 @@ class TuningModule(LightningModule):
     Attributes:
         task: Name of the task.
         monitor: The metric that says how good the model is.
+        base_argument: The argument that says where the base comes from.
         drawing: How the task draws its samples, and what the model makes of them.
+        commands: What can be done with an adapter besides test and predict, to be told.
+        base_names: The arguments that say which base it is.
         net: The network, None before ``configure_model``.
         tuned: What is adapted and trained of it, None before ``configure_model``.
         lockstep: Keeps processes together that hold parts of the network; None if there are none.
@@ -83,7 +89,12 @@ class TuningModule(LightningModule):
 
     task: ClassVar[str]
     monitor: ClassVar[str] = "val/loss"
+    base_argument: ClassVar[str] = "weights"
     drawing: ClassVar[type[Drawing]]
+    commands: ClassVar[dict[str, str]] = {
+        "merge": "litflora merge {adapter} --out merged.safetensors"
+    }
+    base_names: ClassVar[tuple[str, ...]] = ("backbone", "weights")
     net: nn.Module | None
     tuned: Summary | None = None
     lockstep: Lockstep | None = None
@@ -144,6 +155,8 @@ class TuningModule(LightningModule):
         self.save_hyperparameters()
         if "_instantiator" not in self.hparams:  # made in Python, not by the command line
             self.save_hyperparameters(plain_hyperparameters(self), ignore=_FACTORIES)
+        for name in foreign_arguments(self):  # of base classes, or of links that have no end here
+            del self.hparams[name]
 
     def build(self) -> nn.Module:
         """Makes the network with its base weights, before any tuning."""
@@ -152,6 +165,25 @@ class TuningModule(LightningModule):
     def plain_code(self) -> tuple[str, str]:
         """The imports and the expression that make the network which a merged file fits."""
         raise NotImplementedError
+
+    def write_merged(self, path: Path) -> None:
+        """Writes the network, adapters merged into it, as one safetensors file."""
+        state = {key: value.contiguous() for key, value in self.net.state_dict().items()}
+        told = {
+            "code": self.plain_code()[1],
+            "class_names": json.dumps(getattr(self, "class_names", [])),
+            "mean": json.dumps(self.mean.flatten().tolist()),
+            "std": json.dumps(self.std.flatten().tolist()),
+        }
+        path.write_bytes(save_tensors(state, metadata={"format": "pt", **told}))
+
+    def loading_code(self, path: Path) -> str:
+        """Lines of Python that load what `write_merged` has written."""
+        imports, made = self.plain_code()
+        return (
+            f"import safetensors.torch, {imports}\n"
+            f"{made}.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
+        )
 
     def configure_model(self) -> None:
         """Builds the network and puts the tuning or the saved adapter into it, once."""
@@ -166,8 +198,7 @@ class TuningModule(LightningModule):
         self._tune(net, torch.device("cpu") if sharded else None)
         self._matrices = {name for name, p in net.named_parameters() if p.ndim > 1}
         self.tuned = summary(net)
-        if self.base_dtype is not None:
-            hold_base(net, getattr(torch, self.base_dtype))
+        self._hold_base(net)
         checkpoint_activations(net, self.activation_checkpointing)
         if sharded:
             self._shard(net, weights)
@@ -178,6 +209,11 @@ class TuningModule(LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.net = net
         self.train(self.training)
+
+    def _hold_base(self, net: nn.Module) -> None:
+        """Holds what is frozen as ``base_dtype`` says."""
+        if self.base_dtype is not None:
+            hold_base(net, getattr(torch, self.base_dtype))
 
     @property
     def _strategy(self) -> Strategy | None:
@@ -190,9 +226,22 @@ class TuningModule(LightningModule):
             heads = _whole_heads(net, tuning.to_dict())
             inject(net, with_targets(net, tuning), train=heads, device=device)
             return
-        saved = load(net, self.adapter, device=device).get("tuning") or tuning.to_dict()
+        try:
+            saved = load(net, self.adapter, device=device).get("tuning") or tuning.to_dict()
+        except AdapterError as error:
+            raise AdapterError(f"{error}{self._other_base()}") from error
         for head in _whole_heads(net, saved):  # other libraries' adapters may come without one
             net.get_submodule(head).requires_grad_(True)
+
+    def _other_base(self) -> str:
+        """What names the base of the saved adapter, where this one has another name."""
+        model = read_config(self.adapter).get("metadata", {}).get("model", {})
+        told = [
+            f"\n{name}: the adapter's is {model['init_args'][name]}, this one {value}"
+            for name, value in self.description()["init_args"].items()
+            if name in self.base_names and model.get("init_args", {}).get(name, value) != value
+        ]
+        return "".join(told)
 
     def _shard(self, net: nn.Module, weights: Deferred) -> None:
         """Shares the network out, and reads this process's part of its weights."""
@@ -220,7 +269,7 @@ class TuningModule(LightningModule):
             raise ValueError(
                 "FSDP1 takes parameters of one type: leave base_dtype out, or use FSDP2"
             )
-        if self.base_dtype is not None and precision not in (None, "bf16-mixed"):
+        if self.base_dtype == "bfloat16" and precision not in (None, "bf16-mixed"):
             raise ValueError(
                 f"base_dtype {self.base_dtype} needs trainer.precision bf16-mixed, not {precision}"
             )
@@ -228,6 +277,10 @@ class TuningModule(LightningModule):
     def tuning_of(self, net: nn.Module) -> Tuning:
         """What is trained of ``net``, besides the heads that a `PerModule` does not name."""
         return self.tuning
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of modules of ``net`` that have one of their own."""
+        return {}
 
     def normalize(self, images: Tensor) -> Tensor:
         """Brings uint8 images, or floats in [0, 1], to what the base was trained on."""
@@ -280,6 +333,7 @@ class TuningModule(LightningModule):
             None if self.optimizer_factory else factors,
             self.lr,
             self._matrices,
+            self.learning_rates(),
         )
         if self.scheduler_factory is None:
             return optimizer
@@ -361,7 +415,7 @@ class TuningModule(LightningModule):
 
     def description(self) -> dict[str, Any]:
         """Class path and plain arguments that make this module again, paths made absolute."""
-        described = describe(self, () if self.weights in _TAGS else ("weights",))
+        described = describe(self, () if self.weights in _TAGS else (self.base_argument,))
         for argument in ("adapter", *_OF_TRAINING):  # a saved adapter stands for itself
             described["init_args"].pop(argument)
         return described
@@ -388,7 +442,7 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     Args:
         folder: The adapter's folder, as written at the end of a fit.
         overrides: Arguments of the module that differ from the saved ones, such as ``weights``
-            when the base has moved.
+            when the base has moved: it stands for the base, whatever the module calls it.
     """
     saved = read_config(folder).get("metadata", {}).get("model")
     if saved is None:
@@ -399,6 +453,8 @@ def from_adapter(folder: str | Path, **overrides: Any) -> TuningModule:
     cls = getattr(importlib.import_module(module), name)
     if not (isinstance(cls, type) and issubclass(cls, TuningModule)):  # a stranger's file named it
         raise ValueError(f"adapter {folder} belongs to {saved['class_path']}, no litflora module")
+    if "weights" in overrides:
+        overrides[cls.base_argument] = overrides.pop("weights")
     return instantiate_module(cls, {**saved["init_args"], "adapter": str(folder), **overrides})
 
 

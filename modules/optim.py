@@ -127,6 +127,7 @@ def build_optimizer(
     factors: Mapping[str, float] | None = None,
     lr: float | None = None,
     matrices: Collection[str] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Builds an optimizer over what trains in ``net``, in groups.
 
@@ -143,9 +144,11 @@ def build_optimizer(
         lr: Learning rate in place of the factory's.
         matrices: Names of parameters that have two dimensions or more, also where they are
             flattened now, as by FSDP1.
+        rates: Learning rates in place of all of these, but for layer decay, for the modules named.
     """
     scale = _layer_scales(net, layer_decay)
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    rates = rates or {}
+    groups: dict[tuple[str, float, float | None], dict[str, Any]] = {}
     trained = trainable_parameters(net)
     undecayed = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
     for full_name, parameter in {**trained["adapters"], **trained["other"]}.items():
@@ -155,9 +158,11 @@ def build_optimizer(
         matrix = parameter.ndim > 1 or name in matrices
         decays = not adapter and matrix and name not in undecayed
         factor = 1.0 if head else scale.get(name, 1.0)
-        factor *= next((own for part, own in (factors or {}).items() if is_inside(name, [part])), 1)
+        rate = _of_module(name, rates)
+        factor *= 1.0 if rate is not None else _of_module(name, factors or {}) or 1.0
         label = kind if decays or adapter else f"{kind}_1d"
-        group = groups.setdefault((label, factor), {"params": [], "name": _label(label, factor)})
+        told = _label(label, factor) if rate is None else f"{_label(label, factor)}_lr{rate:.3g}"
+        group = groups.setdefault((label, factor, rate), {"params": [], "name": told})
         group["params"].append(parameter)
         if not decays:
             group["weight_decay"] = 0.0
@@ -167,11 +172,17 @@ def build_optimizer(
         optimizer = factory(list(groups.values()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"the optimizer refuses its settings: {error}") from error
-    for (label, factor), group in zip(groups, optimizer.param_groups, strict=True):
-        group["lr"] = (group["lr"] if lr is None else lr) * factor
+    for (label, factor, rate), group in zip(groups, optimizer.param_groups, strict=True):
+        own = group["lr"] if lr is None else lr
+        group["lr"] = (own if rate is None else rate) * factor
         if head_lr is not None and label.startswith("head"):
             group["lr"] = head_lr
     return optimizer
+
+
+def _of_module(name: str, values: Mapping[str, float]) -> float | None:
+    """The value of the module that a parameter lies in, if that has one."""
+    return next((own for module, own in values.items() if is_inside(name, [module])), None)
 
 
 def scheduler_config(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 BaseDtype = Literal["bfloat16"]
+LanguageBaseDtype = Literal["bfloat16", "nf4"]  # with a language model
 
 
 def hold_base(net: nn.Module, dtype: torch.dtype) -> None:
@@ -21,8 +22,10 @@ def hold_base(net: nn.Module, dtype: torch.dtype) -> None:
         net: A tuned network.
         dtype: The type.
     """
-    for module in net.modules():
-        if isinstance(module, nn.Linear | _ConvNd):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+    layers = [module for module in net.modules() if isinstance(module, nn.Linear | _ConvNd)]
+    others = [module for module in net.modules() if not isinstance(module, nn.Linear | _ConvNd)]
+    # An embedding may be the output layer, too: what comes out of it sets the type of the rest.
+    shared = {id(p) for module in others for p in module.parameters(recurse=False)}
+    for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
+        if not parameter.requires_grad and id(parameter) not in shared:
+            parameter.data = parameter.data.to(dtype)

@@ -47,8 +47,10 @@ def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:
     """
     parts = gather_all_tensors(values, group)
     places = torch.arange(sum(map(len, parts))).split([len(part) for part in parts])
-    order = torch.stack(list(interleaved(places)))
-    return [torch.cat(parts)[order.to(values.device)]]
+    order = list(interleaved(places))
+    if not order:  # there was no sample of the kind
+        return [torch.cat(parts)]
+    return [torch.cat(parts)[torch.stack(order).to(values.device)]]
 
 
 def share_statistics(net: nn.Module) -> None:

@@ -68,13 +68,14 @@ class Lockstep:
     def __init__(self, net: FSDPModule) -> None:
         """Watches the calls of a sharded network."""
         self.net = net
-        self._last: tuple[Any, ...] = ()
+        self._last: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._joining = False
-        net.register_forward_pre_hook(self._before_call, prepend=True)  # before FSDP's own
+        # Before FSDP's own.
+        net.register_forward_pre_hook(self._before_call, prepend=True, with_kwargs=True)
 
-    def _before_call(self, net: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_call(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not net.training and not self._joining:
-            self._last = args
+            self._last = args, kwargs
             self._calling(True)
 
     def finish(self) -> None:
@@ -82,9 +83,10 @@ class Lockstep:
         self._joining = True
         try:
             while self._calling(False):
-                self.net(*self._last)
+                args, kwargs = self._last
+                self.net(*args, **kwargs)
         finally:
-            self._joining, self._last = False, ()
+            self._joining, self._last = False, ((), {})
         self.net.reshard()  # without a backward, FSDP holds what is not in blocks
 
     def _calling(self, mine: bool) -> bool:

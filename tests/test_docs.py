@@ -19,6 +19,7 @@ PAGES = (
     "docs/scaling.md",
     "docs/segmentation.md",
     "docs/detection.md",
+    "docs/vision_language.md",
 )
 
 

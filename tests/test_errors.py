@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversation_files import record, records, write_llava
 from shell import (
     CLASSES,
     SMALL,
@@ -413,3 +414,31 @@ def test_a_process_of_its_own_says_no_more(made, here):
     assert len(done.stderr.splitlines()) <= 3, done.stderr
     assert "nothing_like_it" in done.stderr
     assert files_below(here) == set()
+
+
+def turns(*said):
+    return [{"from": who, "value": text} for who, text in said]
+
+
+ASKED = ("human", "<image> What is it?")
+CONVERSATIONS = {
+    "nobody answers": (turns(ASKED), "conversation 9 has no assistant turn"),
+    "more marks": (turns(("human", "<image><image>"), ("gpt", "It.")), "2 <image> in its text"),
+    "unknown role": (turns(ASKED, ("robot", "It.")), "from 'robot' is none of human"),
+    "bad image": (turns(ASKED, ("gpt", "It.")), "9.jpg"),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_a_mistake_in_conversations(kind, here, tmp_path_factory):
+    told, said = CONVERSATIONS[kind]
+    image = "9.jpg" if kind == "bad image" else "1.jpg"
+    wrong = record(9, image, conversations=told)
+    root = write_llava(tmp_path_factory.mktemp("data"), [*records(), wrong])
+    small = {"tower": "test_vit", "weights": "null", "language_model": "tiny"}
+    small |= {"layer": -1, "img_size": 32, "language_tuning": "litflora.adapters.Full"}
+    options = [f"--model.init_args.{key}={value}" for key, value in small.items()]
+    given = ("--config", "vision_language/llava", *options, "--data.init_args.root", root)
+    result = litflora("fit", *given, *SMALL)
+    assert_told(result, said, "conversation 9")
+    assert not files_below(here)

@@ -6,15 +6,19 @@ import pytest
 import timm
 import torch
 import yaml
+from checkpoints import save_checkpoint
+from conversation_files import WRITERS
 from objects import write_coco, write_coco_folder, write_people, write_voc
+from safetensors.torch import load_file, save_file
 from shell import QUIET, litflora, litflora_process, make_masks, make_photos
 
 from litflora.commands.recipes import ROOT, comment, names
+from litflora.language.tiny import byte_tokenizer, tiny_language_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights is null")  # there is no hub to ask
 
 RECIPES = names()
-TASKS = ("classification/", "segmentation/", "detection/")
+TASKS = ("classification/", "segmentation/", "detection/", "vision_language/")
 # What makes a run small, by the first part of the recipe's name. Tuning, trainer and logger
 # recipes are laid over the embedded data.
 ONE_BATCH = {
@@ -38,8 +42,10 @@ def options(settings):
 
 def base_of(name):
     """The recipes that make a whole with this one."""
-    whole = name == "quickstart" or name.startswith(TASKS)
-    return ["--config", name] if whole else ["--config", "classification/shapes", "--config", name]
+    if name == "quickstart" or name.startswith(TASKS):
+        return ["--config", name]
+    base = "vision_language/vqa_rad" if name == "data/llava" else "classification/shapes"
+    return ["--config", base, "--config", name]
 
 
 def settings_of(name):
@@ -134,18 +140,46 @@ STAND_INS = {
 }
 
 
+# Of a small language model, which is random, all is trained.
+SMALL_ANSWERS = {
+    "tower": "test_vit",
+    "layer": -1,
+    "img_size": 32,
+    "weights": "null",
+    "language_model": "tiny",
+    "language_tuning": "litflora.adapters.Full",
+}
+
+
+SHORT = {"model.init_args.max_length": 300, "model.init_args.max_new_tokens": 4}
+
+
 def backbone_of(name):
-    return settings_of(name).get("model", {}).get("init_args", {}).get("backbone", "")
+    said = settings_of(name).get("model", {}).get("init_args", {})
+    return said.get("backbone") or said.get("tower", "")
 
 
-def small_model(name):
+def about_conversations(name):
+    return settings_of(name)["data"]["class_path"].rpartition(".")[2] in WRITERS
+
+
+def small_model(name, folder):
     """The recipe's model without weights; small where its own net or its detector is large."""
+    if has_checkpoint(name):
+        return {"model.init_args.model": save_checkpoint("llava", folder), **SHORT}
+    if about_conversations(name):
+        return {f"model.init_args.{key}": each for key, each in SMALL_ANSWERS.items()}
     stand_in = [net for large, net in STAND_INS.items() if backbone_of(name).startswith(large)]
     return {
         **({"model.init_args.backbone": stand_in[0]} if stand_in else {}),
         **({"model.init_args.head_width": 64} if name.startswith("detection/") else {}),
         "model.init_args.weights": "null",
     }
+
+
+def has_checkpoint(name):
+    """Whether the model is a checkpoint of transformers, with its tower."""
+    return "PretrainedVisionLanguage" in str(settings_of(name).get("model"))
 
 
 def small_data(name, folder):
@@ -157,6 +191,9 @@ def small_data(name, folder):
     if name.startswith("detection/"):
         write = OBJECTS[settings_of(name)["data"]["class_path"].rpartition(".")[2]]
         return {"data.init_args.root": write(folder), "data.init_args.crop_size": 64}
+    if about_conversations(name):
+        write = WRITERS[settings_of(name)["data"]["class_path"].rpartition(".")[2]]
+        return {"data.init_args.root": write(folder), "data.init_args.val_fraction": 0.3}
     if name.startswith("segmentation/"):
         return {
             "data": "litflora.datamodules.MaskFolderDataModule",
@@ -175,7 +212,7 @@ def fit_on_photos(name, folder, **options_):
     """Runs a recipe in one process of a CPU."""
     runs = {
         **small_data(name, folder / "photos"),
-        **small_model(name),
+        **small_model(name, folder / "checkpoint"),
         "data.init_args.num_workers": 0,
         "trainer.default_root_dir": folder,
         "trainer.accelerator": "cpu",
@@ -194,6 +231,37 @@ def test_recipe_for_photos_runs(name, tmp_path):
     fit_on_photos(name, tmp_path)
 
 
+def test_the_second_stage_of_llava_starts_from_the_first(tmp_path):
+    """As docs/vision_language.md has it: of a language model in a folder, which stays as it is."""
+    told = tmp_path / "language_model"
+    tiny_language_model().save_pretrained(told)
+    byte_tokenizer().save_pretrained(told)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "tower.safetensors")
+    frozen = {
+        "model.init_args.weights": tmp_path / "tower.safetensors",
+        "model.init_args.language_model": told,
+        "model.init_args.language_tuning": "litflora.adapters.Frozen",
+    }
+    stage_1, stage_2 = "vision_language/llava_stage_1", "vision_language/llava_stage_2"
+    fit_on_photos(stage_1, tmp_path, **frozen)
+    first = tmp_path / stage_1 / "version_0" / "adapter"
+    assert parts_in(first) == {"connector"}
+    merged = litflora("merge", first, "--out", tmp_path / "stage_1")
+    assert merged.code == 0, merged.err
+    rest = {"model.init_args.language_tuning": "litflora.adapters.FLoRA"}
+    base = {"model.init_args.weights": tmp_path / "stage_1"}
+    fit_on_photos(stage_2, tmp_path, **base, **rest)
+    second = tmp_path / stage_2 / "version_0" / "adapter"
+    assert parts_in(second) == {"connector", "language_model"}
+    learnt, start = (load_file(f / "adapter_model.safetensors") for f in (second, first))
+    key = "connector.0.weight"
+    assert 0 < (learnt[key] - start[key]).abs().max() < 1e-3  # one step from there
+
+
+def parts_in(adapter):
+    return {key.partition(".")[0] for key in load_file(adapter / "adapter_model.safetensors")}
+
+
 @pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet", "fcos"])
 def test_a_detector_is_one_option(detector, tmp_path):
     """As docs/detection.md has it."""
@@ -201,7 +269,7 @@ def test_a_detector_is_one_option(detector, tmp_path):
     fit_on_photos("detection/coco_folder_vit_tiny", tmp_path, **chosen)
 
 
-@pytest.mark.parametrize("name", [name for name in PHOTOS if "model" in settings_of(name)])
+@pytest.mark.parametrize("name", [name for name in PHOTOS if backbone_of(name)])
 def test_backbone_has_pretrained_weights(name):
     assert timm.models.get_pretrained_cfg(backbone_of(name)).hf_hub_id
 
@@ -241,6 +309,18 @@ def test_every_dense_dataset_has_a_recipe_for_either_family(task):
         found = [n for n in RECIPES if n.startswith(f"{task}/") and f"_{family}_" in n]
         told = {settings_of(name)["data"]["class_path"].rpartition(".")[2] for name in found}
         assert told == shipped
+
+
+def test_every_dataset_of_conversations_has_a_recipe():
+    from litflora import datamodules
+    from litflora.datamodules.conversation_files import ConversationFilesDataModule
+
+    classes = [name for name in datamodules.__all__ if name.endswith("DataModule")]
+    kinds = {name: getattr(datamodules, name) for name in classes}
+    files = {name for name, kind in kinds.items() if issubclass(kind, ConversationFilesDataModule)}
+    found = [name for name in RECIPES if name.startswith("vision_language/")]
+    told = {settings_of(name)["data"]["class_path"].rpartition(".")[2] for name in found}
+    assert told >= files == set(WRITERS)
 
 
 def test_every_dataset_has_a_recipe():

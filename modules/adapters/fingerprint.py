@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .layers import adapted_layers
 from .merging import base_weight
+from .quantized import original_fingerprint
 from .sharded import whole, writes
 
 # How far two projections may differ where one base is a rounded copy of the other.
@@ -71,6 +72,9 @@ def check(recorded: dict[str, str], tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
+    original = original_fingerprint(tensor)
+    if original is not None:
+        return original
     values = tensor.detach().cpu().contiguous()
     content = hashlib.sha256(repr(tuple(values.shape)).encode())
     content.update(values.reshape(-1).view(torch.uint8).numpy().data)

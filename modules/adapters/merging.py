@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .inject import adapter_names, strip
 from .layers import AdapterSet, adapted_layers
+from .quantized import first_quantized
 from .sharded import is_sharded
 
 
@@ -119,6 +120,9 @@ def _choose(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
         raise AdapterError(
             "the model is sharded: save the adapter, and merge it into a base that is whole"
         )
+    quantized = first_quantized(model)
+    if quantized is not None:
+        raise AdapterError(f"{quantized} is quantised: litflora.nf4.dequantize(model) comes first")
     _refuse_disabled(model)
     active = {name for _, _, adapters in adapted_layers(model) for name in adapters.active}
     if names is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .measured import nearest, timed_paths
+from .quantized import is_quantized
 from .total import Total
 
 # Below this ratio of the layer's own work to the side chain's, the chain costs more than the
@@ -82,6 +83,7 @@ def choose(choice: Choice) -> str:
     a delta has no low-rank chain                 merged   nothing else is possible
     dropout, in training                          side     it acts on the chain's input
     the weight is stored in half precision        side     bf16(W + dW) loses most of a small dW
+    the weight is quantised                       side     W + dW has no such form
     embedding                                     side     a look-up in the factor is all it takes
     neither training nor gradients                kept     it then costs what the base costs
     the weight itself trains                      merged   its gradient is formed anyway
@@ -106,7 +108,7 @@ def forced(choice: Choice) -> str | None:
     """The path of a layer that has no choice: by what was asked for, or for exactness."""
     info, idle = choice.info, not choice.training and not choice.grad
     asked = {leaf.path for leaf in choice.leaves} - {"auto"}
-    half = choice.weight.dtype in (torch.float16, torch.bfloat16)
+    half = choice.weight.dtype in (torch.float16, torch.bfloat16) or is_quantized(choice.weight)
     look_up = info.kind == "embedding"
     if idle and not ("side" in asked or half or look_up):  # soon told, for inference is short
         return "kept"

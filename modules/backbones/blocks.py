@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+# Groups of blocks: timm's, and those of a language model that takes what a backbone has seen.
+BLOCKS = ("blocks", "language_blocks")
 
 
 def blocks(net: nn.Module) -> dict[str, nn.Module]:
@@ -23,9 +25,8 @@ def blocks(net: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: The model has none, as when timm names no blocks in it.
     """
-    groups = net.group_matcher(coarse=False)
-    # A few models give a function in the place of patterns.
-    patterns = list(_numbered(groups.get("blocks"))) if isinstance(groups, dict) else []
+    # A block has a number; a last norm that is counted with them comes without.
+    patterns = [p for p in block_patterns(net, coarse=False) if re.compile(p).groups]
     found: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -38,12 +39,19 @@ def blocks(net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _numbered(groups: Any) -> Iterator[str]:
-    """The patterns with a number in what ``group_matcher`` gives; a last norm comes without."""
-    for group in [groups] if isinstance(groups, str) else groups or ():
-        pattern = group if isinstance(group, str) else group[0]
-        if re.compile(pattern).groups:
-            yield pattern
+def block_patterns(net: nn.Module, coarse: bool) -> list[str]:
+    """The patterns of blocks in what ``group_matcher`` gives.
+
+    Args:
+        net: A model with timm's ``group_matcher``.
+        coarse: How it is asked.
+    """
+    groups = net.group_matcher(coarse=coarse)
+    if not isinstance(groups, dict):  # a few models give a function in the place of patterns
+        return []
+    told = [groups.get(name) or () for name in BLOCKS]
+    listed = [[group] if isinstance(group, str) else group for group in told]
+    return [each if isinstance(each, str) else each[0] for group in listed for each in group]
 
 
 class Checkpointed:

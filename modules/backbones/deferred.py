@@ -124,12 +124,17 @@ def deferring(wanted: bool = True) -> Iterator[Deferred]:
     Yields:
         What is to fill them; of nothing if it is not ``wanted``.
     """
-    deferred = Deferred()
-    token = _deferred.set(deferred if wanted else None)
+    waiting = Deferred()
+    token = _deferred.set(waiting if wanted else None)
     try:
-        yield deferred
+        yield waiting
     finally:
         _deferred.reset(token)
+
+
+def deferred() -> Deferred | None:
+    """What the weights are left to, inside of `deferring`; else None."""
+    return _deferred.get()
 
 
 def create_model(name: str, **options: Any) -> nn.Module:
@@ -138,26 +143,26 @@ def create_model(name: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: The weights are in a layout that timm reads by itself, not as a state dict.
     """
-    deferred = _deferred.get()
-    if deferred is None:
+    waiting = deferred()
+    if waiting is None:
         return timm.create_model(name, pretrained=True, **options)
     load = nn.Module.load_state_dict
 
     def note(net: nn.Module, state: Any, *args: Any, **kwargs: Any) -> Any:
-        deferred.note(net, state)
+        waiting.note(net, state)
         return load(net, state, *args, **kwargs)  # which checks names and shapes, and fills buffers
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-        stack.enter_context(_parameters_on_meta())
+        stack.enter_context(parameters_on_meta())
         stack.enter_context(_Drawing())
         stack.enter_context(patch.object(nn.Module, "load_state_dict", note))
-        stack.enter_context(patch.object(safetensors.torch, "load_file", deferred.load_file))
+        stack.enter_context(patch.object(safetensors.torch, "load_file", waiting.load_file))
         net = timm.create_model(name, pretrained=True, **options)
-    deferred.files.clear()
+    waiting.files.clear()
     named = net.named_parameters()
-    lost = [name for name, p in named if p.is_meta and p not in deferred.sources]
+    lost = [name for name, p in named if p.is_meta and p not in waiting.sources]
     classifier = net.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     if all(key.rpartition(".")[0] in heads for key in lost):
@@ -200,9 +205,20 @@ def fill(net: nn.Module, sources: Mapping[str, Source], device: torch.device) ->
         sources: Where the values of these parameters are, by name.
         device: Where they are put.
     """
+    tied = _tied(net)
     net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    for name, first in tied.items():  # each of the two has got memory of its own
+        parent, _, own = name.rpartition(".")
+        setattr(net.get_submodule(parent), own, net.get_parameter(first))
     for name, source in sources.items():
         _read_into(net.get_parameter(name), source)
+
+
+def _tied(net: nn.Module) -> dict[str, str]:
+    """The names of parameters that have another name, too, with the first one that they have."""
+    first: dict[nn.Parameter, str] = {}
+    named = net.named_parameters(remove_duplicate=False)
+    return {n: first[p] for n, p in named if first.setdefault(p, n) != n}
 
 
 def _read_into(parameter: Tensor, source: Source) -> None:
@@ -215,7 +231,7 @@ def _read_into(parameter: Tensor, source: Source) -> None:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Inside, what modules register as parameters goes to the meta device; buffers do not."""
     register = nn.Module.register_parameter
 

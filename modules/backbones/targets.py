@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters import FLoRA, PerModule, Tuning
 from ..adapters.targets import is_inside
+from .blocks import block_patterns
 
 
 def with_targets(net: nn.Module, tuning: Tuning, module: str = "") -> Tuning:
@@ -59,8 +60,7 @@ def default_targets(net: nn.Module, tuning: Tuning, module: str = "") -> list[st
 
 
 def _adapted(net: nn.Module, every_conv: bool) -> Iterator[str]:
-    blocks = net.group_matcher(coarse=True)["blocks"]
-    in_blocks = [blocks] if isinstance(blocks, str) else [pattern for pattern, _ in blocks]
+    in_blocks = block_patterns(net, coarse=True)
     for name, module in net.named_modules():
         if not any(re.match(pattern, name) for pattern in in_blocks):
             continue

@@ -1,6 +1,7 @@
 """Lightning callbacks: what a run leaves behind, and how it shows its progress."""
 
 from .adapter_folder import AdapterFolder
+from .answers import AnswerWriter
 from .batch_size_finder import BatchSizeFinder
 from .checkpoints import BestCheckpoint, LastCheckpoint
 from .class_table import ClassTable
@@ -19,6 +20,7 @@ from .progress import RateProgressBar
 __all__ = [
     "EMA",
     "AdapterFolder",
+    "AnswerWriter",
     "BatchSizeFinder",
     "BestCheckpoint",
     "ClassTable",

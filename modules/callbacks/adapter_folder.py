@@ -86,7 +86,7 @@ class AdapterFolder(Callback):
             name, after = best.monitor, float(best.best_model_score)
         gain = (name, self.before.get(name), after)
         weights = "last" if best is None else "best"
-        self.message = _message(folder, weights, gain, metadata.get("data"))
+        self.message = _message(folder, weights, gain, metadata.get("data"), pl_module.commands)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says where the folder is, after the progress bar has gone."""
@@ -172,6 +172,7 @@ def _message(
     weights: str,
     gain: tuple[str, float | None, float | None],
     data: dict[str, Any] | None,
+    commands: dict[str, str],
 ) -> str:
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     lines = ["", f"adapter  {folder} ({megabytes:.2f} MB, the {weights} weights)"]
@@ -183,9 +184,10 @@ def _message(
     if data is not None:
         photos = "predict_root" in data["init_args"]  # others predict their own test images
         where = " --data.init_args.predict_root FOLDER" if photos else ""
+        where += " --data.init_args.question TEXT" if "question" in data["init_args"] else ""
         lines += [
             f"test     litflora test --adapter {name}",
             f"predict  litflora predict --adapter {name}{where}",
         ]
-    lines.append(f"merge    litflora merge {name} --out merged.safetensors")
+    lines += [f"{what:8} {command.format(adapter=name)}" for what, command in commands.items()]
     return "\n".join(lines)

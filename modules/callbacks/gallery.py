@@ -24,7 +24,7 @@ class Gallery(Callback):
     module's ``drawing`` says how its task shows these. The samples are spread over the validation
     set and stay the same, so that epochs can be compared; ``epoch_000`` is the model before
     training. The picture also goes to every logger that takes figures or images. A datamodule
-    without ``datasets`` and ``palette``, which litflora's own have, is passed over.
+    without ``datasets``, which litflora's own have, is passed over.
 
     Args:
         samples: How many samples are drawn.
@@ -47,13 +47,16 @@ class Gallery(Callback):
         data = trainer.datamodule
         epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
         drawn = trainer.state.fn == "fit" and epoch % self.every_n_epochs == 0
-        known = hasattr(data, "datasets") and hasattr(data, "palette")
-        if not (known and drawn) or trainer.fast_dev_run or find_spec("matplotlib") is None:
+        if (
+            not (hasattr(data, "datasets") and drawn)
+            or trainer.fast_dev_run
+            or find_spec("matplotlib") is None
+        ):
             return
-        drawing = pl_module.drawing(data.class_names, data.palette)
+        drawing = pl_module.drawing(data.class_names, getattr(data, "palette", ()))
         chosen = _spread(data.datasets["val"], self.samples)
         with trainer.precision_plugin.val_step_context():  # as the samples are judged
-            rows = [_row(drawing, pl_module, *sample) for sample in chosen]
+            rows = [_row(drawing, pl_module, sample) for sample in chosen]
         path = log_dir(trainer) / "gallery" / f"epoch_{epoch:03d}.png"
         if trainer.is_global_zero:
             publish(trainer, draw(drawing, rows), path, "val/gallery")
@@ -65,9 +68,10 @@ def _spread(dataset: Any, count: int) -> list[Any]:
     return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
-def _row(drawing: Drawing, module: Any, image: Tensor, target: Any, _: str) -> tuple[Any, ...]:
+def _row(drawing: Drawing, module: Any, sample: Any) -> tuple[Tensor, Any, Any]:
+    image, target, _ = drawing.shown(sample)
     with torch.inference_mode():
-        return image, target, drawing.predict(module, image.to(module.device))
+        return image, target, drawing.predict(module, sample)
 
 
 def draw(drawing: Drawing, rows: list[tuple[Tensor, Any, Any]]) -> Figure:

@@ -26,7 +26,8 @@ class RateProgressBar(RichProgressBar):
     ) -> None:
         """Counts the images of a batch and the time since the last one, loading included."""
         now = time.perf_counter()
-        self._images += len(batch[0]) * trainer.world_size
+        rows = batch["input_ids"] if isinstance(batch, dict) else batch[0]
+        self._images += len(rows) * trainer.world_size
         self._seconds += now - self._since
         self._since = now
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

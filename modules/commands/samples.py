@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
             f"{what} cannot be shown: a model needs `drawing`, and its data `datasets`, as those "
             "of litflora have"
         )
+    if hasattr(model, "encoder"):
+        data.encoder = model.encoder
     data.prepare_data()
     data.setup("fit")
 
@@ -53,10 +56,21 @@ def run(args: argparse.Namespace) -> None:
 
     drawing = model.drawing(data.class_names, getattr(data, "palette", ()))
     keys = list(islice(data.train_dataloader().sampler, args.samples))
-    figure = sheet(drawing, data.datasets["train"], keys)
+    figure = sheet(drawing, _trained_on(model, data.datasets["train"]), keys)
     with replacing(args.out) as temporary:
         figure.savefig(temporary, bbox_inches="tight")
     print(f"data     {data.contents()}\nsamples  {args.out}")
+
+
+def _trained_on(model: Any, dataset: Any) -> Any:
+    """The samples as they come to training: conversations do so in tokens."""
+    if not hasattr(model, "encoder"):
+        return dataset
+    from ..language.shown import as_trained
+
+    shown = copy(dataset)
+    shown.transform = partial(as_trained, model.encoder)
+    return shown
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -85,7 +99,8 @@ def sheet(drawing: Drawing, dataset: Any, keys: Sequence[int]) -> Figure:
     plain.transform = v2.ToImage()
     drawn = []
     for key in keys:
-        (image, target, name), (trained, its_target, _) = plain[key], dataset[key]
+        image, target, name = drawing.shown(plain[key])
+        trained, its_target, _ = drawing.shown(dataset[key])
         drawn += [(image, target, _short(name)), (trained, its_target, "in training")]
     columns = min(COLUMNS, len(drawn) * drawing.parts)
     in_row = columns // drawing.parts

@@ -2,7 +2,8 @@
 
 from .base import Drawing
 from .boxes import BoxDrawing
+from .conversations import ConversationDrawing
 from .labels import LabelDrawing
 from .masks import MaskDrawing
 
-__all__ = ["BoxDrawing", "Drawing", "LabelDrawing", "MaskDrawing"]
+__all__ = ["BoxDrawing", "ConversationDrawing", "Drawing", "LabelDrawing", "MaskDrawing"]

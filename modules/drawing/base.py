@@ -42,6 +42,10 @@ class Drawing:
         self.class_names = class_names
         self.palette = palette or _distinct(len(class_names))
 
+    def shown(self, sample: Any) -> tuple[Tensor, Any, str]:
+        """Image, truth and name of a sample as the task's datasets give it."""
+        return sample
+
     def sample(self, axes: Sequence[Axes], image: Tensor, target: Any) -> set[Key]:
         """Draws an image with its truth.
 
@@ -55,8 +59,8 @@ class Drawing:
         """
         raise NotImplementedError
 
-    def predict(self, module: Any, image: Tensor) -> Any:
-        """What the module makes of an image that lies on its device, on the CPU."""
+    def predict(self, module: Any, sample: Any) -> Any:
+        """What the module makes of a sample as the task's datasets give it, on the CPU."""
         raise NotImplementedError
 
     def compare(self, axes: Sequence[Axes], image: Tensor, target: Any, found: Any) -> set[Key]:

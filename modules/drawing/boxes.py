@@ -45,9 +45,10 @@ class BoxDrawing(Drawing):
         self._objects(axes[0], target)
         return set()
 
-    def predict(self, module: Any, image: Tensor) -> Objects:
+    def predict(self, module: Any, sample: Any) -> Objects:
         """The objects that the module finds."""
-        return {key: value.cpu() for key, value in module.detect(image).items()}
+        found = module.detect(sample[0].to(module.device))
+        return {key: value.cpu() for key, value in found.items()}
 
     def compare(
         self, axes: Sequence[Axes], image: Tensor, target: Objects, found: Objects

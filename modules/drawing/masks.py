@@ -30,9 +30,9 @@ class MaskDrawing(Drawing):
         show(axes[1], coloured(target, self.palette))
         return self._keys(target)
 
-    def predict(self, module: Any, image: Tensor) -> Tensor:
+    def predict(self, module: Any, sample: Any) -> Tensor:
         """The class ids that the module gives the pixels."""
-        return module.segment(image).cpu()
+        return module.segment(sample[0].to(module.device)).cpu()
 
     def compare(
         self, axes: Sequence[Axes], image: Tensor, target: Tensor, found: Tensor

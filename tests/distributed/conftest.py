@@ -10,7 +10,7 @@ from filelock import FileLock
 from tiny import save_base
 from torch.multiprocessing import ProcessExitedException
 
-from . import work
+from . import matrix, work
 from .memory import save_random
 
 
@@ -43,7 +43,7 @@ def _found(folder: Path) -> list[dict[str, Any]]:
     save_random("vit_base_patch16_224", folder / "big.safetensors")
     base = save_base(folder)
     try:
-        return worlds.run(work.everything, base, folder)
+        return _started(base, folder)
     except ProcessExitedException as error:
         if error.signal_name != "SIGABRT":
             raise
@@ -51,6 +51,11 @@ def _found(folder: Path) -> list[dict[str, Any]]:
     for left in folder.iterdir():
         if left.is_dir():
             shutil.rmtree(left)
+    return _started(base, folder)
+
+
+def _started(base: Path, folder: Path) -> list[dict[str, Any]]:
+    matrix.save_language(folder / work.cells.__name__)
     return worlds.run(work.everything, base, folder)
 
 

@@ -10,20 +10,29 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from litflora import ClassificationModule, DetectionModule, SegmentationModule, from_adapter
+from litflora import (
+    ClassificationModule,
+    DetectionModule,
+    SegmentationModule,
+    VisionLanguageModule,
+    from_adapter,
+)
 from litflora.adapters import FLoRA, Full, LoRA, Probe, Tuning
 from litflora.callbacks import AdapterFolder
 from litflora.datamodules import (
     ShapesDataModule,
     ShapesDetectionDataModule,
+    ShapesQuestionsDataModule,
     ShapesSegmentationDataModule,
 )
+from litflora.language.tiny import byte_tokenizer, tiny_language_model
 
 from . import runs
 
-TASKS = ("classification", "segmentation", "detection")
+TASKS = ("classification", "segmentation", "detection", "vision_language")
 TUNINGS: dict[str, Tuning] = {
     "Full": Full(),
     "Probe": Probe(),
@@ -31,6 +40,7 @@ TUNINGS: dict[str, Tuning] = {
     "FLoRA": FLoRA(rank=4),
 }
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+LANGUAGE = "language"
 Cell = tuple[str, str, str, str]
 
 NET = {"backbone": "convnext_shapes", "num_classes": 10, "weights": "embedded", "img_size": 64}
@@ -38,6 +48,7 @@ DENSE = {**NET, "head_width": 16}
 FEW = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 5, "box_detections_per_img": 5}
 SAMPLES = {"domain": "source", "train_samples": 8, "val_samples": 3, "test_samples": 3}
 SMALL = {**SAMPLES, "img_size": 64, "batch_size": 2}
+SHORT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,23 @@ def cells(*strategies: str) -> list[Cell]:
     return list(product(TASKS, TUNINGS, strategies, PRECISIONS))
 
 
+def save_language(folder: Path) -> None:
+    """Writes the language model that cells in a folder start from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny_language_model(SHORT).save_pretrained(folder / LANGUAGE)
+    byte_tokenizer().save_pretrained(folder / LANGUAGE)
+
+
 def run(cell: Cell, folder: Path) -> Result:
-    """Trains two steps, evaluates, leaves an adapter and reads it again."""
+    """Trains two steps, evaluates, leaves an adapter and reads it again.
+
+    Args:
+        cell: The cell.
+        folder: Where files go, and where `save_language` has left its.
+    """
     task, tuning, strategy, precision = cell
-    made, data = _made(task, TUNINGS[tuning])
+    made, data = _made(task, TUNINGS[tuning], folder)
     own = folder / "-".join(cell)
     options = {"precision": precision, "callbacks": [AdapterFolder()], "limit_train_batches": 2}
     try:
@@ -94,13 +118,19 @@ def run(cell: Cell, folder: Path) -> Result:
     )
 
 
-def _made(task: str, tuning: Tuning) -> tuple[Any, Any]:
+def _made(task: str, tuning: Tuning, folder: Path) -> tuple[Any, Any]:
     if task == "classification":
         uneven = {**SMALL, "val_samples": 5}  # two batches to evaluate for the one, and one
         return ClassificationModule(**NET, tuning=tuning), ShapesDataModule(**uneven)
+    if task == "vision_language":
+        small = {"weights": "embedded", "img_size": 32, "max_new_tokens": 2, "lr": 1e-2}
+        language = str(folder / LANGUAGE)
+        made: Any = VisionLanguageModule("convnext_shapes", language, tuning=tuning, **small)
+        made.configure_callbacks = list  # its gallery takes longer than all else
+        return made, ShapesQuestionsDataModule(**{**SMALL, "img_size": 32, "eval_batch_size": 1})
     if task == "segmentation":
         net = {**DENSE, "num_classes": 11, "head": "segformer"}
-        made: Any = SegmentationModule(**net, tuning=tuning)
+        made = SegmentationModule(**net, tuning=tuning)
         return made, ShapesSegmentationDataModule(**SMALL, eval_batch_size=1)
     made = DetectionModule(**DENSE, detector_options=FEW, tuning=tuning)
     return made, ShapesDetectionDataModule(**SMALL, eval_batch_size=1)

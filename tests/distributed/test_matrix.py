@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def results(two: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[matrix.Cell, Any]:
     folder = tmp_path_factory.mktemp("single")
+    matrix.save_language(folder)
     alone = {cell: matrix.run(cell, folder) for cell in matrix.cells("single")}
     return {**alone, **two[0]["cells"]}
 

@@ -1,0 +1,1 @@
+"""Language models, their tokens, and how images come among these."""

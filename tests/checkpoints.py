@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     CLIPImageProcessor,
@@ -28,6 +29,8 @@ from transformers import (
 from litflora.language.tiny import byte_tokenizer
 
 KINDS = ("llava", "qwen2_vl", "internvl")
+# For what takes seconds with each.
+FIRST = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 SIDE = 56
 # As the templates of these checkpoints go: LLaVA's shows images first and ends no answer.
 LLAVA = (

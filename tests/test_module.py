@@ -359,7 +359,7 @@ def test_load_from_checkpoint_of_a_module_made_by_the_command_line(base, tmp_pat
         "model.init_args.img_size": 32,
         "model.init_args.tuning": "litflora.adapters.LoRA",
         "model.init_args.tuning.init_args.rank": 3,
-        "model.init_args.optimizer": "AdamW",
+        "model.init_args.optimizer": "torch.optim.AdamW",  # bitsandbytes has one, too
         "model.init_args.optimizer.init_args.lr": 0.01,
         "model.init_args.lr_scheduler.init_args.warmup": 0.1,
         "data": "tiny.Colours",

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import FIRST, KINDS, save_checkpoint
 from llava_parameters import llava_7b, table, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shell import litflora
 from timm.models import group_parameters
+from tiny import trainer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -23,9 +26,6 @@ from litflora.adapters.targets import is_inside
 from litflora.callbacks import AdapterFolder
 from litflora.datamodules import ShapesQuestionsDataModule
 from litflora.datamodules.conversations import Conversation, Turn
-from tests.checkpoints import KINDS, save_checkpoint
-from tests.shell import litflora
-from tests.tiny import trainer
 
 Part = dict[str, list[str]]
 PARTS: dict[str, Part] = {
@@ -131,7 +131,7 @@ def test_parts_are_found_and_only_blocks_are_adapted(folders: dict[str, Path], k
     assert whole == inside
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST)
 def test_parts_are_the_same_when_blocks_are_checkpointed(
     folders: dict[str, Path], kind: str
 ) -> None:
@@ -191,7 +191,7 @@ def test_each_part_trains_exactly_when_its_tuning_says_so(folders: dict[str, Pat
             assert parameter.requires_grad == inside, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_fit_leaves_one_folder_that_loads_back(
     folders: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
@@ -230,7 +230,9 @@ def test_another_base_is_refused_by_both_names(folders: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("saving", [{}, {"max_shard_size": "100KB"}])
+@pytest.mark.parametrize(
+    "saving", [{}, pytest.param({"max_shard_size": "100KB"}, marks=pytest.mark.slow)]
+)
 def test_merge_writes_the_checkpoints_own_layout(
     kind: str, saving: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -247,7 +249,7 @@ def test_merge_writes_the_checkpoints_own_layout(
     assert not torch.allclose(logits, plain_logits(base, batch, module.net.takes), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST)
 def test_what_was_trained_on_four_bits_is_merged_into_a_checkpoint(
     folders: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:

@@ -284,7 +284,7 @@ def test_mistakes_are_told(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
+    "task", [pytest.param(task, marks=pytest.mark.slow) for task in ("segmentation", "detection")]
 )
 def test_both_search_one_after_the_other_for_dense_tasks(task, tmp_path):
     one = callback("BatchSizeFinder", max_val=4, steps_per_trial=2)

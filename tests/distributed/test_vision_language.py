@@ -5,14 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 import worlds
+from checkpoints import save_checkpoint
 from safetensors.torch import load_file
 
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
-from tests.checkpoints import save_checkpoint
 
 from .vision_language import CASES, CHECKPOINTS, METHODS, STRATEGIES, fits
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+QUICK = ("FLoRA", "llava")
+SLOW = tuple(case for case in CASES if case not in QUICK)
+MARKED = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +31,26 @@ def language(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(language):
-    folder = language.parent
-    bases = {
-        **dict.fromkeys(METHODS, language),
-        **{kind: save_checkpoint(kind, folder / f"{kind}_base") for kind in CHECKPOINTS},
-    }
-    one = fits(bases, folder / "one", ("single",))
-    return folder, one, worlds.run(fits, bases, folder)
+    """What one process and two leave of a case; the slow ones are started when one is asked for."""
+    folder, kept = language.parent, {}
+
+    def of(case):
+        group = QUICK if case in QUICK else SLOW
+        if group not in kept:
+            bases = {name: language for name in group if name in METHODS}
+            for kind in set(group) & set(CHECKPOINTS):
+                bases[kind] = save_checkpoint(kind, folder / f"{kind}_base")
+            one = fits(bases, folder / "one", ("single",))
+            kept[group] = folder, one, worlds.run(fits, bases, folder)
+        return kept[group]
+
+    return of
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_train_as_one(found, case, strategy):
-    _, one, two = found
+    _, one, two = found(case)
     single, *_ = one[case, "single"]
     for rank in two:
         left, *_ = rank[case, strategy]
@@ -49,6 +61,7 @@ def test_two_processes_train_as_one(found, case, strategy):
         assert all(torch.equal(left.end[n], two[0][case, strategy][0].end[n]) for n in left.end)
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_four_bits_as_one(language, tmp_path):
     pytest.importorskip("bitsandbytes", reason="4-bit weights are packed by bitsandbytes")
     base = {"NF4": language}
@@ -61,18 +74,18 @@ def test_two_processes_train_on_four_bits_as_one(language, tmp_path):
         assert left.moved == left.trained == single.trained
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_process_has_no_images_in_a_step_in_which_the_other_has(found, case, strategy):
-    _, _, two = found
+    _, _, two = found(case)
     seen, other = (rank[case, strategy][3] for rank in two)
     assert seen != other
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_evaluation_counts_each_question_once(found, case, strategy):
-    _, one, two = found
+    _, one, two = found(case)
     _, metrics, answers, _ = one[case, "single"]
     for rank in two:
         _, own, _, _ = rank[case, strategy]
@@ -85,9 +98,9 @@ def test_evaluation_counts_each_question_once(found, case, strategy):
     assert same >= len(answers) - 1  # of weights that differ in the last bit
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 def test_adapters_of_all_strategies_are_alike(found, case):
-    folder, _, _ = found
+    folder, _, _ = found(case)
     files = {
         "single": folder / "one" / case / "single",
         **{strategy: folder / case / strategy for strategy in STRATEGIES},

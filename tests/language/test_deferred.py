@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import KINDS, save_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from litflora.backbones.deferred import deferring, fill
 from litflora.language.pretrained import pretrained_model
-from tests.checkpoints import KINDS, save_checkpoint
 
 
 def read_later(folder: Path) -> tuple[nn.Module, list[str]]:

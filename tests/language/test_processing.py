@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import KINDS, save_checkpoint
 from torch import Tensor
 
 from litflora import PretrainedVisionLanguageModule
 from litflora.datamodules.conversations import Conversation, Turn
 from litflora.language.pretrained import pretrained_model, processor_of
 from litflora.language.processing import ProcessorEncoder
-from tests.checkpoints import KINDS, save_checkpoint
 
 IMAGE = torch.full((3, 56, 56), 90, dtype=torch.uint8)
 LONG = 400

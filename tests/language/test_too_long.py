@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import save_checkpoint
 from torch.utils.data import DataLoader
 
 from litflora.datamodules.conversations import Conversation, Turn
@@ -15,7 +16,6 @@ from litflora.language.pretrained import processor_of
 from litflora.language.processing import ProcessorEncoder
 from litflora.language.tiny import byte_tokenizer
 from litflora.language.too_long import TooLongError
-from tests.checkpoints import save_checkpoint
 
 PICTURE = torch.full((3, 56, 56), 90, dtype=torch.uint8)
 

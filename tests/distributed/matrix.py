@@ -92,6 +92,7 @@ def run(cell: Cell, folder: Path) -> Result:
     """
     task, tuning, strategy, precision = cell
     made, data = _made(task, TUNINGS[tuning], folder)
+    made.configure_callbacks = list  # a gallery takes longer than all else
     own = folder / "-".join(cell)
     options = {"precision": precision, "callbacks": [AdapterFolder()], "limit_train_batches": 2}
     try:
@@ -126,7 +127,6 @@ def _made(task: str, tuning: Tuning, folder: Path) -> tuple[Any, Any]:
         small = {"weights": "embedded", "img_size": 32, "max_new_tokens": 2, "lr": 1e-2}
         language = str(folder / LANGUAGE)
         made: Any = VisionLanguageModule("convnext_shapes", language, tuning=tuning, **small)
-        made.configure_callbacks = list  # its gallery takes longer than all else
         return made, ShapesQuestionsDataModule(**{**SMALL, "img_size": 32, "eval_batch_size": 1})
     if task == "segmentation":
         net = {**DENSE, "num_classes": 11, "head": "segformer"}

@@ -210,17 +210,17 @@ class AnswersModule(TuningModule):
         count = (labels[:, 1:] >= 0).sum().float()
         return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Updates the validation metrics; returns the ``answers``."""
-        return self._evaluate(batch, self.val_metrics)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the validation metrics."""
+        self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation metrics."""
         self._log_metrics("val", self.val_metrics)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Updates the test metrics; returns the ``answers``."""
-        return self._evaluate(batch, self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the test metrics."""
+        self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics."""
@@ -231,7 +231,7 @@ class AnswersModule(TuningModule):
         kept = {key: batch[key] for key in ("ids", "questions", "files")}
         return {**kept, "answers": self.answer(batch)}
 
-    def _evaluate(self, batch: Batch, metrics: nn.ModuleDict) -> dict[str, Any]:
+    def _evaluate(self, batch: Batch, metrics: nn.ModuleDict) -> None:
         assert self.net is not None
         labels = batch["labels"]
         found = self.net(**self.inputs(batch), **self._generation(batch["prompt"]))
@@ -249,7 +249,6 @@ class AnswersModule(TuningModule):
         metrics["exact_open"].update([right for right, few in closed if few is False])
         sentences = [row[:2] for row in rows if are_sentences(*row[1:])]
         metrics["bleu"].update([said for said, _ in sentences], [true for _, true in sentences])
-        return {**batch["prompt"], "answers": answers, "accepted": batch["accepted"]}
 
     def _log_metrics(self, stage: str, metrics: nn.ModuleDict) -> None:
         for name, metric in metrics.items():

@@ -153,7 +153,7 @@ class VisionLanguageModule(AnswersModule):
         if most is not None and self.max_new_tokens >= most:
             raise ValueError(
                 f"max_new_tokens {self.max_new_tokens:,} leaves nothing of the {most:,} positions "
-                f"of language model {self.language_model} for a question: lower it"
+                f"of language model {self._language_model} for a question: lower it"
             )
         return self.max_length or min(most or LENGTH, LENGTH)
 
@@ -217,6 +217,6 @@ class VisionLanguageModule(AnswersModule):
         """Makes the path of the language model absolute, too."""
         described = super().description()
         told = described["init_args"]
-        if Path(told["language_model"]).is_dir():
+        if self.language_model != TINY and Path(told["language_model"]).is_dir():
             told["language_model"] = str(Path(told["language_model"]).absolute())
         return described

@@ -319,3 +319,9 @@ def test_a_new_connector_has_a_rate_of_its_own(tmp_path):
             if own & set(map(id, group["params"]))
         }
     assert rates == {name: {1e-3} for name in rates}
+
+
+def test_a_folder_called_tiny_is_no_language_model(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert module().description()["init_args"]["language_model"] == "tiny"

@@ -60,6 +60,9 @@ class Encoder:
         self.max_length = max_length
         self.image_size = image_size
         self.guard = LengthGuard()
+        bos = tokenizer.bos_token_id
+        adds = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        self._begin = [bos] if adds else []  # what the tokenizer begins a text with
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} cannot say where in the text its tokens are: give a "
@@ -104,7 +107,8 @@ class Encoder:
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         found = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        start = self._begin(found["input_ids"])
+        written_already = found["input_ids"][: len(self._begin)] == self._begin
+        start = [] if written_already else self._begin
         ids, labels = [*start], [IGNORED] * len(start)
         for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
             if token == self.image_token:
@@ -115,12 +119,6 @@ class Encoder:
             ids.append(token)
             labels.append(token if spoken else IGNORED)
         return ids, labels
-
-    def _begin(self, ids: list[int]) -> list[int]:
-        """The token that the tokenizer begins a text with, unless a template has written it."""
-        bos = self.tokenizer.bos_token_id
-        adds = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
-        return [bos] if adds and ids[:1] != [bos] else []
 
     def _cut(self, ids: list[int]) -> int:
         """How many tokens stay: no image is cut in two."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tokenizers import Tokenizer as TokenizerOfWords
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from litflora.datamodules.conversations import Conversation, Turn
@@ -259,3 +260,15 @@ def test_nobody_speaks_for_another(template):
     special = [t for t in found.input_ids if t <= 5]
     honest = own.encode(conversation("Hi", "Yes", "<image>", "So", images=1))
     assert special == [t for t in honest.input_ids if t <= 5]
+
+
+@pytest.mark.parametrize("template", ["own", None])
+def test_a_text_begins_once(template):
+    """With a tokenizer that puts a token in front, whether the template has written it or not."""
+    own = encoder(template).tokenizer
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", own.bos_token_id)]
+    )
+    ids = Encoder(own, 2, 1000, (8, 8)).encode(TURNS).input_ids
+    assert ids[0] == own.bos_token_id
+    assert ids.count(own.bos_token_id) == 1

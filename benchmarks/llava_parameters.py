@@ -9,12 +9,8 @@ import argparse
 
 import report
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from llava import llava_7b
+from transformers import LlavaForConditionalGeneration
 
 from litflora.adapters import FLoRA, LoRA, PerModule, Tuning, inject
 from litflora.adapters.targets import is_inside
@@ -25,19 +21,10 @@ from litflora.language.pretrained import PretrainedNet
 TUNINGS = (LoRA(rank=128), FLoRA(rank=64))
 
 
-def llava_7b() -> PretrainedNet:
-    """LLaVA-1.5-7B on the meta device: CLIP's ViT-L at 336 pixels, and a Llama of 7 B."""
-    clip = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    config = LlavaConfig(vision_config=clip, text_config=LlamaConfig(vocab_size=32064))
+def on_meta() -> PretrainedNet:
+    """LLaVA-1.5-7B on the meta device."""
     with torch.device("meta"):
-        return PretrainedNet(LlavaForConditionalGeneration(config))
+        return PretrainedNet(LlavaForConditionalGeneration(llava_7b()))
 
 
 def trained(net: PretrainedNet, tuning: Tuning) -> dict[str, int]:
@@ -58,7 +45,7 @@ def table() -> str:
     """A row for each tuning; megabytes are those of the adapter's folder, in float32."""
     rows = []
     for tuning in TUNINGS:
-        net = llava_7b()
+        net = on_meta()
         whole = sum(p.numel() for p in net.parameters())
         counts = trained(net, tuning)
         every = sum(counts.values())

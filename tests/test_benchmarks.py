@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 import inference
+import llava
+import llava_step
 import memory
 import models
 import optimizer
@@ -266,3 +268,44 @@ def test_what_precision_and_checkpointing_save():
     weights = {precision: costs[precision, "none"].weights for precision in memory.PRECISIONS}
     assert weights["32-true"] == weights["bf16-mixed"] == 2 * weights["bf16-true"]
     assert weights["bf16-true"] < weights["bf16-mixed, bf16 base"] < 0.65 * weights["32-true"]
+
+
+# LLaVA --------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_llava_is_measured_for_every_contestant(monkeypatch, tmp_path, capsys):
+    words = ["--small", "--batch", "1", "--tokens", "24", "--repetitions", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["llava_step.py", *words, "--out", str(tmp_path)])
+    llava_step.main()
+    text = capsys.readouterr().out
+    names = [f"{name}, {base}" for base in ("bf16", "NF4") for name in llava_step.CONTESTANTS]
+    assert first_cells(text) == ["tuning", *names]
+    assert text.endswith((tmp_path / "llava_small_cpu.md").read_text())
+
+
+def test_seven_billion_want_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llava_step.py", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        llava_step.main()
+    assert "--small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_contestants_of_llava_begin_as_the_same_model(nf4):
+    """The loss of all is that of the base, held in the same type: none adapts what others leave."""
+    config = llava.small_llava()
+    inputs = llava_step.batch(config, 1, 24, "cpu")
+    losses, adapted = [], []
+    for tune in llava_step.CONTESTANTS.values():
+        net = llava_step.build(config, partial(tune, nf4=nf4), "cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(**inputs).loss
+        loss.backward()
+        trained = [p for p in net.parameters() if p.requires_grad]
+        assert all(p.dtype == torch.float32 and p.grad is not None for p in trained)
+        losses.append(loss.item())
+        names = "\n".join(name for name, p in net.named_parameters() if p.requires_grad)
+        adapted.append(set(re.findall(r"language_model\.layers\.(\S+?_proj)", names)))
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+    assert adapted == 3 * [adapted[0]]
+    assert len(adapted[0]) == 2 * 7

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FIRST, KINDS, save_checkpoint
-from llava_parameters import llava_7b, table, trained
+from llava_parameters import on_meta, table, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shell import litflora
@@ -385,7 +385,7 @@ def test_what_gives_no_features_does_not_train(folders: dict[str, Path]) -> None
 
 
 def test_llava_7b_on_the_meta_device() -> None:
-    net = llava_7b()
+    net = on_meta()
     assert net.parts() == PARTS["llava"]
     assert sum(p.numel() for p in net.parameters()) == 7_063_427_072
     linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
@@ -401,7 +401,7 @@ def test_llava_7b_on_the_meta_device() -> None:
     for tuning, core in ((LoRA(rank=128), 0), (FLoRA(rank=64), 64 * 64)):
         expected = {part: sides[part] * tuning.rank + cores[part] * core for part in sides}
         connector = 1024 * 4096 + 4096 * 4096 + 2 * 4096
-        net = llava_7b()
+        net = on_meta()
         assert trained(net, tuning) == {**expected, "connector": connector}
         assert all(p.is_meta for p in net.parameters())
 

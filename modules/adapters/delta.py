@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .base import Base
 from .errors import AdapterError
 from .tucker import Factors
 
@@ -70,6 +71,7 @@ class Delta(nn.Module):
         dropout: Probability of zeroing an input of the side path in training.
         clamped: Whether a larger rank was asked for than the weight has.
         recompute: Whether an input that a norm or an activation made is made again in backward.
+        base: Where it finds its weight; None until it is bound to one.
     """
 
     registry: ClassVar[dict[str, type[Delta]]] = {}
@@ -95,6 +97,7 @@ class Delta(nn.Module):
         self.dropout = dropout
         self.clamped = False
         self.recompute = True
+        self.base: Base | None = None
 
     def factory(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of this delta's dtype and device."""
@@ -115,6 +118,29 @@ class Delta(nn.Module):
     def leaves(self) -> list[tuple[int, Delta | None]]:
         """Rows and delta of each slice of the output mode: one slice, but for a split delta."""
         return [(self.info.shape[self.info.out_dim], self)]
+
+    def bind(self, base: Base) -> None:
+        """Tells the delta where its weight is; `inject` and `load` do, before it is used."""
+        self.base = base
+
+    def start(self) -> None:
+        """Sets what begins from the values of the weight; most deltas have nothing of the kind."""
+
+    def weight(self) -> Tensor:
+        """The weight that is changed, in the type that it is stored in.
+
+        Raises:
+            AdapterError: It has no memory yet.
+        """
+        assert self.base is not None, "bind comes first"
+        weight = self.base()
+        if weight.is_meta and self.info.device != weight.device:
+            raise AdapterError(
+                f"{self.info.name}: {type(self).__name__.removesuffix('Delta')} begins from the "
+                "base's values, which are read later here, as where the base is shared out: take "
+                "a strategy that holds the whole base, such as ddp"
+            )
+        return weight
 
     def dense(self) -> Tensor:
         """Returns dW in the stored shape of the weight; differentiable."""

@@ -326,6 +326,7 @@ def _plan(model: nn.Module, stored: Stored, device: torch.device | None) -> list
         delta = build(candidate.info.on(device))
         delta.load_state_dict(tensors)
         planned.append(Planned(candidate, delta))
+        planned[-1].bind()
     return planned
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError
 from .layers import adapted_layers
-from .merging import base_weight
+from .base import base_weight
 from .quantized import original_fingerprint
 from .sharded import whole, writes
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .base import base_weight
 from .errors import AdapterError
 from .inject import adapter_names, strip
 from .layers import AdapterSet, adapted_layers
@@ -100,16 +101,6 @@ def unmerge(model: nn.Module) -> None:
     for _, layer, adapters in adapted_layers(model):
         adapters.merged = {}
         _write("", layer, adapters)
-
-
-def base_weight(layer: nn.Module, param: str) -> Tensor:
-    """The weight that a layer had before anything was merged."""
-    adapters = getattr(layer, "adapters", None)
-    if isinstance(adapters, AdapterSet) and adapters.enabled and param in adapters.originals:
-        return adapters.originals[param]
-    weight = layer._parameters[param]
-    assert weight is not None
-    return weight
 
 
 def _choose(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base import Base
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .per_module import PerModule
@@ -33,6 +34,10 @@ class Planned:
 
     candidate: Candidate
     delta: Delta
+
+    def bind(self) -> None:
+        """Tells the delta where its weight is."""
+        self.delta.bind(Base(self.candidate.module, self.candidate.param))
 
 
 def plan(
@@ -122,7 +127,13 @@ def _deltas(
     for candidate in chosen:
         refuse_unusable(candidate, model)
     overrides = _overrides(tuning, chosen)
-    return [Planned(c, _build(tuning, c.info.on(device), overrides[c.info.name])) for c in chosen]
+    planned = [
+        Planned(c, _build(tuning, c.info.on(device), overrides[c.info.name])) for c in chosen
+    ]
+    for each in planned:
+        each.bind()
+        each.delta.start()
+    return planned
 
 
 def _build(tuning: DeltaTuning, info: WeightInfo, overrides: dict[str, Any]) -> Delta:

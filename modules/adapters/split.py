@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import Base
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .tuning import Parts
@@ -54,6 +55,20 @@ class SplitDelta(Delta):
                 slices.append(delta.compose(*factors[start:stop]))
                 start = stop
         return torch.cat(slices, self.info.out_dim)
+
+    def bind(self, base: Base) -> None:
+        """Tells each part which rows of the weight are its own."""
+        super().bind(base)
+        first = 0
+        for size, delta in self.leaves():
+            if delta is not None:
+                delta.bind(base.part(self.info.out_dim, first, size))
+            first += size
+
+    def start(self) -> None:
+        """Starts every part."""
+        for delta in self._deltas():
+            delta.start()
 
     def reset_parameters(self) -> None:
         """Resets every part."""

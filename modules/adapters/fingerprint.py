@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .base import base_weight
 from .errors import AdapterError
 from .layers import adapted_layers
-from .base import base_weight
 from .quantized import original_fingerprint
 from .sharded import whole, writes
 

@@ -75,6 +75,16 @@ def cells(*strategies: str) -> list[Cell]:
     return list(product(TASKS, TUNINGS, strategies, PRECISIONS))
 
 
+def some(*strategies: str) -> list[Cell]:
+    """A third of the cells: every task with every tuning, and either with every precision."""
+
+    def place(cell: Cell) -> int:
+        task, tuning, _, precision = cell
+        return TASKS.index(task) + list(TUNINGS).index(tuning) + PRECISIONS.index(precision)
+
+    return [cell for cell in cells(*strategies) if place(cell) % len(PRECISIONS) == 0]
+
+
 def save_language(folder: Path) -> None:
     """Writes the language model that cells in a folder start from."""
     with torch.random.fork_rng():
@@ -163,3 +173,16 @@ def in_docs(text: str) -> str:
     """The matrix as it stands in a page."""
     found = re.search(r"^\| task \| tuning \|.*?(?=\n\n(?!\()|\Z)", text, re.S | re.M)
     return found[0].strip() if found else ""
+
+
+def told(text: str) -> dict[Cell, str]:
+    """What a matrix in Markdown says of each cell: "yes", or the text of the refusal."""
+    heads, *rows = re.findall(r"^\| (.*) \|$", text, re.M)
+    columns = [head.split() for head in heads.split(" | ")[2:]]
+    notes = dict(re.findall(r"^(\(\d+\)) refused: `(.*?)`$", text, re.M | re.S))
+    found = {}
+    for row in rows:
+        task, tuning, *marks = row.split(" | ")
+        for (strategy, precision), mark in zip(columns, marks, strict=True):
+            found[task, tuning, strategy, precision] = notes.get(mark, mark)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -104,9 +104,18 @@ class AnswersModule(TuningModule):
         tower, language = self.tower_tuning or self.tuning, self.language_tuning or self.tuning
         return {"tower": tower, **own, "language_model": language}
 
+    @property
+    def _read_in(self) -> torch.dtype | Literal["auto"]:
+        """The type that a language model is read in; "auto" is its file's, until `_hold_base`.
+
+        Half of a large one would not fit into memory in float32.
+        """
+        return torch.float32 if self.base_dtype is None else "auto"
+
     def _hold_base(self, net: nn.Module) -> None:
         if self.base_dtype == "nf4":
             quantize(net, net.parts()["language_model"])
+            net.float()
             packed = [f"net.{name}" for name, p in net.named_parameters() if is_quantized(p)]
             # Each process has made the same of the same file.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, packed)

@@ -55,13 +55,13 @@ class NF4Weight(Tensor):
         from bitsandbytes.functional import quantize_4bit
 
         weight = weight.detach()
-        values = weight if weight.dtype in SCALE_TYPES else weight.float()
+        values = weight.float()  # in half precision a number may come to lie on another level
         packed, state = quantize_4bit(
             values.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
         )
         digest = fingerprint({"": weight})[""]
         made = cls(packed, state.absmax, weight.shape, weight.dtype, digest, 0.0)
-        made.lost = float((made.values(weight.dtype) - weight).norm() / weight.norm())
+        made.lost = float((made.values(torch.float32) - values).norm() / values.norm())
         return made
 
     def values(self, dtype: torch.dtype) -> Tensor:

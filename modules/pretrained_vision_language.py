@@ -125,7 +125,7 @@ class PretrainedVisionLanguageModule(AnswersModule):
 
     def build(self) -> nn.Module:
         """Reads the checkpoint."""
-        return PretrainedNet(pretrained_model(self.model))
+        return PretrainedNet(pretrained_model(self.model, self._read_in))
 
     def tuning_of(self, net: nn.Module) -> Tuning:
         """One tuning of all parts."""

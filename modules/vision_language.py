@@ -169,7 +169,7 @@ class VisionLanguageModule(AnswersModule):
         """Puts the parts together; a sketch is without numbers."""
         with torch.device("meta" if sketched else "cpu"):
             tower = build(self.tower, weights, 0, self.img_size)
-        told = language_model(self._language_model, self.language_options, sketched)
+        told = language_model(self._language_model, self.language_options, sketched, self._read_in)
         channels = channels_of(tower, self.layer)
         width = told.get_input_embeddings().embedding_dim
         with torch.device("meta" if sketched else "cpu"):

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -47,6 +47,39 @@ PARTS["internvl"] = PARTS["llava"]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     return {kind: save_checkpoint(kind, root / kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("base_dtype", ["bfloat16", "nf4"])
+def test_a_base_held_in_less_is_never_whole_in_float32(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base_dtype: Literal["bfloat16", "nf4"],
+) -> None:
+    if base_dtype == "nf4":
+        pytest.importorskip("bitsandbytes", reason="4-bit weights are packed by bitsandbytes")
+    half = AutoModelForImageTextToText.from_pretrained(folders["llava"], dtype=torch.float16)
+    half.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(folders["llava"]).save_pretrained(tmp_path)
+    module = PretrainedVisionLanguageModule(str(tmp_path), base_dtype=base_dtype, max_length=300)
+    hold, types = module._hold_base, set[torch.dtype]()
+
+    def watched(net: nn.Module) -> None:
+        types.update(p.dtype for p in net.parameters() if not p.requires_grad)
+        hold(net)
+
+    monkeypatch.setattr(module, "_hold_base", watched)
+    torch.manual_seed(0)
+    module.configure_model()
+    assert types == {torch.float16}
+
+    whole = PretrainedVisionLanguageModule(str(tmp_path), base_dtype=base_dtype, max_length=300)
+    monkeypatch.setattr(type(whole), "_read_in", torch.float32)
+    torch.manual_seed(0)
+    whole.configure_model()
+    for (name, own), other in zip(module.named_parameters(), whole.parameters(), strict=True):
+        assert own.dtype == other.dtype, name
+        assert torch.equal(own + 0, other + 0), name
 
 
 def picture(seed: int) -> Tensor:

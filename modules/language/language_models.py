@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,10 @@ TINY = "tiny"
 
 
 def language_model(
-    name: str, options: dict[str, Any] | None = None, sketched: bool = False
+    name: str,
+    options: dict[str, Any] | None = None,
+    sketched: bool = False,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> nn.Module:
     """A causal language model.
 
@@ -27,6 +30,7 @@ def language_model(
         name: A folder, a name on the hub, or ``tiny``.
         options: What differs in the configuration of ``tiny``.
         sketched: Leave it without numbers, on the meta device.
+        dtype: The type it is read in; "auto" is that of its files.
     """
     device = torch.device("meta" if sketched else "cpu")
     if name == TINY:
@@ -41,7 +45,7 @@ def language_model(
                 return AutoModelForCausalLM.from_config(config)
         if (waiting := deferred()) is not None:
             return without_weights(AutoModelForCausalLM, name, waiting)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 @contextmanager

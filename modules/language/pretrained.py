@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -221,13 +221,14 @@ def _mergers(tower: nn.Module, width: int) -> list[nn.Module]:
     return [m for m, found in linear.items() if found and found[-1].out_features == width]
 
 
-def pretrained_model(name: str) -> nn.Module:
-    """A model that takes images and text, in float32, each weight read into place.
+def pretrained_model(name: str, dtype: torch.dtype | Literal["auto"] = torch.float32) -> nn.Module:
+    """A model that takes images and text, each weight read into place.
 
     Where the network is to be shared out, its weights stay in their files.
 
     Args:
         name: A folder, or a name on the hub.
+        dtype: The type it is read in; "auto" is that of its files.
 
     Raises:
         ValueError: There is none of the name, or its weights are not whole.
@@ -238,7 +239,7 @@ def pretrained_model(name: str) -> nn.Module:
     if (waiting := deferred()) is not None:
         with _explained(kind, name):
             return without_weights(kind, name, waiting).eval()
-    model, told = _read(kind, name, dtype=torch.float32, output_loading_info=True)
+    model, told = _read(kind, name, dtype=dtype, output_loading_info=True)
     if told["missing_keys"]:
         lost = sorted(told["missing_keys"])
         raise ValueError(f"the weights of {name} lack {lost[0]} ({len(lost)} in all)")

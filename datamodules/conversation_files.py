@@ -27,7 +27,8 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
 
     A missing validation split is held out from training by the seed, all conversations that share
     an image together; validation stands in for a missing test split. Conversations to predict are
-    those of the test split without their last answers, if there are no others.
+    those of the test split without their answers, if there are no others. An evaluation asks for
+    every answer, after all that was said before it.
 
     Args:
         root: The data set's own folder.
@@ -53,7 +54,7 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 0,
@@ -71,9 +72,9 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
             raise ValueError(f"on_bad_image {on_bad_image!r} is neither raise nor skip")
         if (predict_root is None) != (question is None):
             raise ValueError("predict_root and question go together: give both, or none")
-        if predict_root is None and not Path(root).is_dir():
+        if predict_root is None and not (root and Path(root).is_dir()):
             raise FileNotFoundError(f"data root {root} is no folder (set data.init_args.root)")
-        self.root = Path(root)
+        self.root = Path(root or "")
         self.val_fraction = val_fraction
         self.on_bad_image = on_bad_image
         self.predict_root = predict_root
@@ -100,13 +101,20 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
             self._tell(said, "; ".join([*named, *more]), everything=not left)
             self._left_out[name] = count
             found = Subset(found, left)  # type: ignore[arg-type, assignment]  # needs no Dataset
-        return Conversations(found, [known[i][0] for i in left], seed=self.seed)
+        if name == "train":
+            return Conversations(found, [known[i][0] for i in left], seed=self.seed)
+        asked = EachAnswer(found)
+        if name == "predict":
+            return Conversations(Unanswered(asked), asked.ids, seed=self.seed)
+        return Conversations(asked, asked.ids, seed=self.seed)
 
     def contents(self) -> str:
         """The sizes of the splits that are set up, and how many conversations are left out."""
+        stands_in = "test" in self.datasets and "test" not in self.sources()
+        instead = ", of the validation set since there is no other" if stands_in else ""
         left_out = [f"{count:,} {name}" for name, count in self._left_out.items()]
         said = f", {', '.join(left_out)} left out for bad images" if left_out else ""
-        return super().contents() + said
+        return super().contents() + instead + said
 
     def _conversations(self, name: str) -> Sequence[Conversation]:
         if name == "predict" and self.predict_root is not None:
@@ -114,8 +122,7 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
             paths = images_to_predict(self.predict_root)
             return [self._asked(path.relative_to(folder).as_posix(), path) for path in paths]
         if name == "predict":
-            known = "predict" if "predict" in self.sources() else "test"
-            return Unanswered(self._split(known))
+            return self._split("predict" if "predict" in self.sources() else "test")
         return self._split(name)
 
     def _split(self, name: str) -> Sequence[Conversation]:
@@ -167,6 +174,30 @@ class ConversationFilesDataModule(VisionLanguageDataModule):
         if everything:
             raise ValueError(f"{said}: none is left\n{named}")
         rank_zero_warn(f"{said} and are left out: {named}")
+
+
+class EachAnswer(Sequence[Conversation]):
+    """Conversations up to each of their answers, or to the question that they end with.
+
+    Attributes:
+        ids: Those of the conversations that they are from.
+    """
+
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        self.conversations = conversations
+        self.places: list[tuple[int, int]] = []
+        self.ids: list[str] = []
+        for index, conversation in enumerate(_in_order(conversations)):
+            places = conversation.asks()
+            self.places += [(index, place) for place in places]
+            self.ids += [conversation.id] * len(places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        conversation, place = self.places[index]
+        return self.conversations[conversation].until(place)
 
 
 class Unanswered(Sequence[Conversation]):

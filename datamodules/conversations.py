@@ -86,6 +86,20 @@ class Conversation:
                     "user and assistant take turns, after a system's first"
                 )
 
+    def asks(self) -> list[int]:
+        """How many turns come before each answer; of one that ends with a question, all turns."""
+        if self.turns[-1].role == USER:
+            return [len(self.turns)]
+        return [place for place, turn in enumerate(self.turns) if turn.role == ASSISTANT]
+
+    def until(self, place: int) -> Conversation:
+        """What is said before a turn and in it, as a conversation of its own."""
+        if place >= len(self.turns) - 1:
+            return self
+        turns = self.turns[: place + 1]
+        count = sum(turn.text.count(IMAGE) for turn in turns)
+        return Conversation(self.id, turns, self.images[:count], files=self.files[:count])
+
     def question(self) -> Conversation:
         """Everything before the last answer."""
         last = max(i for i, turn in enumerate(self.turns) if turn.role == ASSISTANT)

@@ -39,16 +39,16 @@ class Conversations(SeededDataset):
         return self._transformed(replace(asked, images=images, files=files), key)
 
 
-def read_image(image: Path | torch.Tensor) -> torch.Tensor:
+def read_image(image: str | Path | torch.Tensor) -> torch.Tensor:
     """An image file as uint8 ``[3, H, W]``; what has been read already stays as it is."""
-    return pil_to_tensor(read_photo(image)) if isinstance(image, Path) else image
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(read_photo(Path(image)))
 
 
 class VisionLanguageDataModule(TuningDataModule):
     """Loaders over the `Conversations` that a subclass gives for each split.
 
-    The model's encoder makes batches of them: a datamodule knows no tokens. Evaluation asks for the
-    last answer of each conversation.
+    The model's encoder makes batches of them: a datamodule knows no tokens. Evaluation is about the
+    last answer of each conversation alone.
 
     Args:
         batch_size: Conversations in a training batch of one process.
@@ -106,8 +106,9 @@ class VisionLanguageDataModule(TuningDataModule):
 
     def contents(self) -> str:
         """The sizes of the splits that are set up, for a person to read."""
-        sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in self.datasets.items())
-        return f"{sizes} conversations"
+        kinds = {"train": "conversations"}
+        sizes = {name: f"{len(samples):,} {name}" for name, samples in self.datasets.items()}
+        return ", ".join(f"{size} {kinds.get(name, 'questions')}" for name, size in sizes.items())
 
     def _sampler(self, options: dict[str, Any]) -> KeySampler:
         if not self.group_by_length:

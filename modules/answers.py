@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from .adapters import PerModule, Tuning
 from .adapters.quantized import is_quantized
 from .callbacks import AnswerWriter, Gallery
 from .datamodules.conversations import Conversation
+from .datamodules.vision_language import read_image
 from .drawing import ConversationDrawing, Drawing
 from .language.encoding import Batch
 from .language.measures import AnswerMean, Bleu, TokenLoss, are_sentences, is_exact, vqa_accuracy
@@ -112,6 +114,10 @@ class AnswersModule(TuningModule):
         """
         return torch.float32 if self.base_dtype is None else "auto"
 
+    def tunings(self) -> dict[str, Tuning]:
+        """Those of parts: all of it is theirs."""
+        return self.part_tunings()
+
     def _hold_base(self, net: nn.Module) -> None:
         if self.base_dtype == "nf4":
             quantize(net, net.parts()["language_model"])
@@ -190,9 +196,12 @@ class AnswersModule(TuningModule):
         """The answer to one conversation that ends with a question; call ``eval()`` before.
 
         Raises:
-            ValueError: It is too long.
+            ValueError: It is too long, asks nothing, or has other numbers of images and of their
+                marks in its text; or an image cannot be read.
         """
-        prompt = self.encoder.predict_batch([conversation])
+        conversation.check(answered=False)
+        images = tuple(map(read_image, conversation.images))
+        prompt = self.encoder.predict_batch([replace(conversation, images=images)])
         return self.answer(move_data_to_device(prompt, self.device))[0]
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -67,6 +67,10 @@ class DenseModule(ClassesModule):
             modules |= dict.fromkeys(names, tuning)
         return PerModule(modules)
 
+    def tunings(self) -> dict[str, Tuning]:
+        """That of the backbone, and those of parts."""
+        return {**super().tunings(), **self.part_tunings()}
+
     def part_tunings(self) -> dict[str, Tuning]:
         """The tunings of neck and head, where they were given."""
         asked = {"neck": self.neck_tuning, "head": self.head_tuning}

@@ -278,6 +278,10 @@ class TuningModule(LightningModule):
         """What is trained of ``net``, besides the heads that a `PerModule` does not name."""
         return self.tuning
 
+    def tunings(self) -> dict[str, Tuning]:
+        """The tunings by part, to be told; "" is what has none of its own."""
+        return {"": self.tuning}
+
     def learning_rates(self) -> dict[str, float]:
         """Learning rates of modules of ``net`` that have one of their own."""
         return {}

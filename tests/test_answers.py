@@ -3,6 +3,7 @@
 import builtins
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_an_answer_names_the_files_of_its_images(made, module):
     batch = module.encoder.predict_batch(read)
     writer.on_predict_batch_end(None, module, module.predict_step(batch, 0), batch, 0)
     assert [row["image"] for row in writer.rows] == [[str(path)] * 2, str(path), None]
-    assert [row["question"] for row in writer.rows] == ["What?", "Is  red?", "Why?"]
+    assert [row["question"] for row in writer.rows] == ["What?", "Is red?", "Why?"]
 
 
 def test_chat_answers_one_question(made, module):
@@ -114,6 +115,27 @@ def test_chat_answers_one_question(made, module):
     answer = module.reply(asked(made, QUESTION))
     assert answer
     assert told.out == answer + "\n"
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_chat_is_about_as_many_images_as_are_given(made, module, count):
+    images = [made / "image.png"] * count
+    told = litflora("chat", made / "run" / "adapter", *images, "--question", QUESTION)
+    assert told.code == 0, told.err
+    turn = Turn(USER, f"{IMAGE}\n" * count + QUESTION)
+    answer = module.reply(Conversation("it", (turn,), tuple(images)))
+    assert told.out == answer + "\n"
+
+
+def test_a_reply_reads_images_and_checks_the_conversation(made, module):
+    whole = asked(made, QUESTION)
+    expected = module.reply(whole)
+    for image in (made / "image.png", str(made / "image.png")):
+        assert module.reply(replace(whole, images=(image,))) == expected
+    with pytest.raises(ValueError, match="1 <image> in its text, and 0 image"):
+        module.reply(replace(whole, images=()))
+    with pytest.raises(ValueError, match="no user turn"):
+        module.reply(replace(whole, turns=()))
 
 
 @pytest.mark.parametrize("end", ["", EOFError])
@@ -142,6 +164,11 @@ def test_chat_keeps_the_conversation(end, made, module, monkeypatch):
     assert told.out == f"{first}\n{module.reply(whole)}\n"
 
 
+def test_the_parts_that_are_tuned_are_told(made):
+    told = (made / "fit.txt").read_text()
+    assert "tuning   tower FLoRA, language_model Full: " in told
+
+
 def mistake(*args):
     told = litflora(*args)
     assert told.code == 2, told.out
@@ -159,7 +186,7 @@ def test_mistakes_in_chat(made, tmp_path):
     assert "is not an adapter folder" in mistake("chat", tmp_path, image)
     assert "--question is empty" in mistake("chat", adapter, image, "--question", " ")
     marked = mistake("chat", adapter, image, "--question", "what <image> is")
-    assert "a question cannot hold <image>: chat is about one image" in marked
+    assert "a question cannot hold <image>: images are named after the adapter" in marked
     long = mistake("chat", adapter, image, "--question", "why " * 1000)
     assert "tokens: more than max_length 1,024: shorten it" in long
     other = shutil.copytree(adapter, tmp_path / "other")
@@ -249,7 +276,7 @@ def test_training_conversations_are_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = litflora("inspect", "data", RECIPE, *FEW, "--samples", 2)
     assert told.code == 0, told.err
-    assert "320 train, 8 val conversations" in told.out
+    assert "320 train conversations, 8 val questions" in told.out
     assert Image.open("samples.png").size > (1000, 500)
 
 

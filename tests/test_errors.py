@@ -442,3 +442,12 @@ def test_a_mistake_in_conversations(kind, here, tmp_path_factory):
     result = litflora("fit", *given, *SMALL)
     assert_told(result, said, "conversation 9")
     assert not files_below(here)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_length_that_no_conversation_has(workers, here, tmp_path_factory):
+    root = write_llava(tmp_path_factory.mktemp("data"))
+    short = ("--model.img_size", 64, "--model.max_length", 20, "--data.num_workers", workers)
+    given = ("--config", "vision_language/shapes", "--config", "data/llava", "--data.root", root)
+    result = litflora("fit", *given, *short, "--trainer.max_epochs", 1)
+    assert_told(result, "within max_length 20", "raise it, or leave it out")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from checkpoints import FIRST, KINDS, save_checkpoint
+from conversation_files import write_llava
 from llava_parameters import on_meta, table, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -246,6 +247,19 @@ def test_a_fit_leaves_one_folder_that_loads_back(
     shown = litflora("inspect", tmp_path / "adapter")
     assert shown.code == 0, shown.err
     assert "language_model.layers.1.mlp.down_proj" in shown.out
+
+
+def test_commands_that_need_no_data_take_a_checkpoint(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITFLORA_PATHS", str(tmp_path / "paths.json"))
+    data = ("--data.root", write_llava(tmp_path), "--data.batch_size", 1)
+    for command in ("inspect", "calibrate"):
+        recipe = ("vision_language/llava_1_5", "--model.model", folders["llava"], *data)
+        plain = ("--trainer.precision", "32-true", "--model.max_length", 300)
+        done = litflora(command, *recipe, *plain)
+        assert done.code == 0, done.err
+        assert "down_proj" in done.out or "linear 64x" in done.out
 
 
 def test_another_base_is_refused_by_both_names(folders: dict[str, Path], tmp_path: Path) -> None:

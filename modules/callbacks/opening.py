@@ -43,8 +43,8 @@ class Opening(Callback):
 
     def _tuning(self, pl_module: LightningModule) -> str:
         found = pl_module.tuned  # of the net as it was before processes shared it out
-        named = {"": pl_module.tuning, **getattr(pl_module, "part_tunings", dict)()}
-        method = ", ".join(f"{part} {type(t).__name__}".strip() for part, t in named.items())
+        named = pl_module.tunings().items()
+        method = ", ".join(f"{part} {type(tuning).__name__}".strip() for part, tuning in named)
         weights = f"{len(found.rows)} weights adapted, " if found.rows else ""
         trained = f"{found.trainable:,} parameters train"
         share = f"{found.trainable / found.total:.1%} of the base's"

@@ -1,4 +1,4 @@
-"""RateProgressBar: Lightning's Rich progress bar, with images per second."""
+"""RateProgressBar: Lightning's Rich progress bar, with images per second, and lines for a log."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ class RateProgressBar(RichProgressBar):
         self._since = now
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints a line where nobody sees the bar move, as in a log file."""
+        super().on_train_epoch_end(trainer, pl_module)
+        console = self._console
+        if self.is_enabled and console is not None and not console.is_terminal:
+            metrics = self.get_metrics(trainer, pl_module)
+            told = [f"{name} {_short(value)}" for name, value in metrics.items()]
+            print(f"epoch    {trainer.current_epoch}: {', '.join(told)}", flush=True)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the validation out of the time."""
         super().on_validation_end(trainer, pl_module)
@@ -44,3 +53,7 @@ class RateProgressBar(RichProgressBar):
         if self._seconds and trainer.training:
             metrics["images/s"] = f"{self._images / self._seconds:.0f}"
         return metrics
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""`litflora chat`: questions about one image in the terminal, and the model's answers."""
+"""`litflora chat`: questions about images in the terminal, and the model's answers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the adapter, the image, and a question for those who have one alone."""
+    """Adds the adapter, the images, and a question for those who have one alone."""
     parser.add_argument("adapter", type=Path, help="folder that a fit has saved")
-    parser.add_argument("image", type=Path, help="image file")
+    images = {"metavar": "IMAGE", "help": "image file; several are shown in this order"}
+    parser.add_argument("images", type=Path, nargs="*", **images)
     parser.add_argument("--question", metavar="TEXT", help="print the answer to this and end")
     parser.add_argument("--weights", help="base weights, if they are not where the fit found them")
     parser.epilog = "An empty line or Ctrl-D ends it. Earlier turns are sent again each time."
@@ -26,22 +27,21 @@ def run(args: argparse.Namespace) -> None:
     if args.question is not None and not args.question.strip():
         raise ValueError("--question is empty: leave it out to be asked")
     _check_task(args.adapter)
-    if not args.image.is_file():
-        raise FileNotFoundError(f"there is no image {args.image}")
+    for path in args.images:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no image {path}")
 
     from ..datamodules.conversations import ASSISTANT, IMAGE, USER, Conversation, Turn
     from ..datamodules.vision_language import read_image
 
-    image = read_image(args.image)
+    images = tuple(map(read_image, args.images))
     module = _module(args)
     turns: list[Turn] = []
     for question in _questions() if args.question is None else [args.question]:
         if IMAGE in question:
-            raise ValueError(
-                f"a question cannot hold {IMAGE}: chat is about one image, {args.image}"
-            )
-        turns.append(Turn(USER, question if turns else f"{IMAGE}\n{question}"))
-        asked = Conversation(str(args.image), tuple(turns), (image,))
+            raise ValueError(f"a question cannot hold {IMAGE}: images are named after the adapter")
+        turns.append(Turn(USER, question if turns else f"{IMAGE}\n" * len(images) + question))
+        asked = Conversation("chat", tuple(turns), images)
         asked.check(answered=False)
         answer = module.reply(asked)
         turns.append(Turn(ASSISTANT, answer))

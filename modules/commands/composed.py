@@ -56,7 +56,7 @@ def blank(model: TuningModule, data: dict[str, Any]) -> Tensor:
     """A batch of blank images, as large as the data's, normalised."""
     import torch
 
-    named = data.get("crop_size") or data.get("img_size") or model.img_size
+    named = data.get("crop_size") or data.get("img_size") or getattr(model, "img_size", None)
     size = named or model.net.pretrained_cfg["input_size"][-1]
     sides = (size, size) if isinstance(size, int) else size
     return model.normalize(torch.zeros(data.get("batch_size", 1), 3, *sides))

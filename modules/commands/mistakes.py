@@ -29,7 +29,9 @@ _CLASS = re.compile(
     r"Problem with given class_path '([^']+)'|expects a .*class_path='([^']+)'", re.S
 )
 _UNKNOWN = re.compile(r"(?:option|arguments:) '?(?:--)?([\w.]+)|Option '([\w.]+)' is not accepted")
-_WORKER = re.compile(r'Caught (\w+) in DataLoader worker.*File "(.*?)".*\n\1: (.*)', re.S)
+_WORKER = re.compile(
+    r'Caught (\w+) in DataLoader worker.*File "(.*?)".*\n(?:[\w.]+\.)?\1: (.*)', re.S
+)
 _PLACES = {
     "model.init_args": ("ClassificationModule", "SegmentationModule"),
     "model.init_args.tuning.init_args": ("FLoRA", "LoRA"),
@@ -80,7 +82,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _said(error: BaseException) -> str | None:
     origin, kind = _origin(error), type(error)
     if kind.__module__.startswith("omegaconf"):  # an ${...} that leads nowhere
-        return f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}"
+        key = getattr(error, "full_key", "")
+        return f"{key}: {str(error).splitlines()[0]}\ngive it a value of its own: --{key} VALUE"
     for said, helps in _MISFORTUNES.items():
         if isinstance(error, RuntimeError) and re.search(said, str(error)):
             return helps

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..datamodules.conversations import IMAGE, Conversation
@@ -15,6 +17,7 @@ from .packing import places, rows_of
 from .templates import written
 from .too_long import LengthGuard, TooLongError, each_that_fits
 
+MARK = re.compile(rf"{IMAGE}\s?")
 IGNORED = -100  # the label of a token that is not to be learnt, as transformers has it
 
 Batch = dict[str, Any]
@@ -177,14 +180,15 @@ class Encoder:
     def eval_batch(self, conversations: Sequence[Conversation]) -> Batch:
         """What an evaluation takes: `train_batch`, `predict_batch` under ``prompt``, and the truth.
 
-        The truth is ``accepted``, the answers that count as right, and ``closed``. Where a question
-        is too long, ``unanswered`` is true, something else is in its place, and nothing of it is a
-        label.
+        The truth is ``accepted``, the answers that count as right, and ``closed``. Labels are those
+        of the last answer, which is asked for. Where a question is too long, ``unanswered`` is
+        true, something else is in its place, and nothing of it is a label.
         """
         stand_in = self.guard.stand_in
         prompt, unanswered = stand_in(self._asked_batch, conversations, "unanswered")
         batch, lost = stand_in(self._train_batch, conversations, "nothing in the loss")
-        batch["labels"][list(lost)] = IGNORED
+        batch["labels"] = last_answer(batch["labels"])
+        batch["labels"][[*lost, *unanswered]] = IGNORED
         return {
             **batch,
             "prompt": {**prompt, **asked([each.question() for each in conversations])},
@@ -229,11 +233,19 @@ class Encoder:
         }
 
 
+def last_answer(labels: Tensor) -> Tensor:
+    """Labels ``[batch, length]`` of the last tokens in a row that are learnt, -100 elsewhere."""
+    learnt = labels != IGNORED
+    begins = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
+    run = begins.cumsum(1)
+    return labels.masked_fill(run < run[:, -1:], IGNORED)
+
+
 def asked(conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
     """What an answer is reported with: ``ids``, ``questions`` and the ``files`` of images."""
     return {
         "ids": [each.id for each in conversations],
-        "questions": [each.turns[-1].text.replace(IMAGE, "").strip() for each in conversations],
+        "questions": [MARK.sub("", each.turns[-1].text).strip() for each in conversations],
         "files": [each.files for each in conversations],
     }
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..backbones.deferred import deferred
 from ..datamodules.conversations import IMAGE
 from .deferred import without_weights
+from .quiet import bars_on_screens_only
 from .tiny import byte_tokenizer, tiny_language_model
 
 TINY = "tiny"
@@ -52,7 +53,8 @@ def language_model(
 def _explained(name: str) -> Iterator[None]:
     """Says in a line what could not be read."""
     try:
-        yield
+        with bars_on_screens_only():
+            yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

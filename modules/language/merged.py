@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import nn
 
+from .quiet import bars_on_screens_only
+
 TOWER, CONNECTOR = "tower.safetensors", "connector.safetensors"
 LANGUAGE_MODEL = "language_model"
 NAMED = ("pretrained", "embedded")  # weights that are no path
@@ -80,7 +82,8 @@ class MergedFolder:
         for name, part in _files(net).items():
             state = {key: value.contiguous() for key, value in part.state_dict().items()}
             (self.path / name).write_bytes(save(state))
-        net.language_model.save_pretrained(self.path / LANGUAGE_MODEL)
+        with bars_on_screens_only():
+            net.language_model.save_pretrained(self.path / LANGUAGE_MODEL)
         tokenizer.save_pretrained(self.path / LANGUAGE_MODEL)
 
 

@@ -18,6 +18,7 @@ from ..backbones.deferred import deferred
 from .deferred import without_weights
 from .layers import block_lists, inside, language_groups, numbered
 from .output import Output, token_loss
+from .quiet import bars_on_screens_only
 
 # What a tower tells of itself: a gradient of it would pass blocks that no image's does.
 UNTAKEN = {"last_hidden_state", "hidden_states", "attentions"}
@@ -34,8 +35,12 @@ class PretrainedNet(nn.Module):
         takes: Names of its inputs, but for labels.
     """
 
-    # The processor has normalised the images.
-    pretrained_cfg: ClassVar[dict[str, Any]] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    # The processor has normalised the images, and takes those of any size.
+    pretrained_cfg: ClassVar[dict[str, Any]] = {
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "input_size": (3, 336, 336),
+    }
 
     def __init__(self, model: nn.Module) -> None:
         """Takes over a model.
@@ -270,7 +275,8 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
 def _explained(kind: Any, name: str) -> Iterator[None]:
     """Says in a line what could not be read."""
     try:
-        yield
+        with bars_on_screens_only():
+            yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{kind.__name__} cannot read {name}: {reason}") from error

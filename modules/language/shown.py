@@ -29,9 +29,18 @@ def as_trained(encoder: Any, conversation: Conversation) -> Conversation:
         Turn(ASSISTANT if learnt else USER, _text(encoder.tokenizer, (token for token, _ in run)))
         for learnt, run in groupby(pairs, lambda pair: pair[1] != IGNORED)
     )
-    fed = batch.get("images")  # a processor of transformers gives normalised patches instead
-    images = conversation.images if fed is None or fed.dtype != torch.uint8 else tuple(fed)
-    return replace(conversation, turns=turns, images=images)
+    return replace(conversation, turns=turns, images=_fed(encoder, batch, conversation.images))
+
+
+def _fed(encoder: Any, batch: Any, images: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The images as they are fed, uint8; as they were where they are fed in pieces."""
+    if "images" in batch:
+        return tuple(batch["images"])
+    pixels, made = batch.get("pixel_values"), encoder.processor.image_processor
+    if pixels is None or pixels.shape[:2] != (len(images), 3) or not made.do_normalize:
+        return images
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (made.image_mean, made.image_std))
+    return tuple((255 * (pixels * std + mean)).round().clamp(0, 255).byte())
 
 
 def _text(tokenizer: Any, tokens: Iterable[int]) -> str:

@@ -100,3 +100,13 @@ def test_the_progress_bar_shows_images_a_second(base, tmp_path, monkeypatch):
     rates = [metrics["images/s"] for metrics in seen if "images/s" in metrics]
     assert rates
     assert set(rates) == {"8"}  # the clock ticks once a batch
+
+
+def test_a_log_gets_a_line_for_each_epoch(base, tmp_path, capsys):
+    run = trainer(tmp_path, callbacks=[RateProgressBar()], enable_progress_bar=True, max_epochs=2)
+    run.fit(module(base), Colours(n=8, batch_size=8))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    loss = run.callback_metrics["train/loss"].item()
+    assert [line.split(": ")[0].split()[1] for line in lines] == ["0", "1"]
+    assert f"train/loss {loss:.4g}, " in lines[-1]
+    assert "images/s " in lines[-1]

@@ -35,7 +35,23 @@ def test_conversations_are_those_of_the_file(tmp_path: Path, name: str) -> None:
     assert texts(two)[2] == ("user", "here <image>. Which is brighter?")
     assert texts(told)[0] == ("system", "You are terse.")
     assert told.images == ()
-    assert data.contents() == "6 train, 6 val conversations"
+    assert data.contents() == "6 train conversations, 7 val questions"
+
+
+def test_an_evaluation_is_about_every_answer(tmp_path: Path) -> None:
+    data = build(tmp_path, records()[3:], val_file="train.json")
+    data.setup()
+    for name in ("val", "test"):
+        samples = data.datasets[name]
+        assert list(samples.names) == ["4", "5", "5", "text"]
+        _, first, second, told = samples
+        assert texts(first) == [("user", "Here is <image> and"), ("assistant", "Number 5.")]
+        assert (len(first.images), len(second.images), len(told.images)) == (1, 2, 0)
+        assert texts(second)[:2] == texts(first)
+        assert texts(second)[-1] == ("assistant", "The second.")
+    assert data.contents().endswith(
+        "4 test questions, of the validation set since there is no other"
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 16])
@@ -107,17 +123,17 @@ def test_validation_is_the_share_that_was_asked_for(tmp_path: Path) -> None:
         assert held < {row["id"] for row in texts}
 
 
-def test_prediction_asks_for_the_last_answer(tmp_path: Path) -> None:
+def test_prediction_asks_for_every_answer(tmp_path: Path) -> None:
     asked = record(7)
     asked["conversations"] = asked["conversations"][:1]
     write_llava(tmp_path, [*records(), asked], "ask.jsonl")
     data = build(tmp_path, predict_file="ask.jsonl")
     data.setup("predict")
     samples = data.datasets["predict"]
-    assert list(samples.names) == ["1", "2", "3", "4", "5", "text", "7"]
-    assert [texts(samples[i])[-1][0] for i in range(7)] == ["user"] * 7
-    assert len(texts(samples[4])) == 3
-    assert texts(samples[6]) == [("user", "<image>\nWhat is this?")]
+    assert list(samples.names) == ["1", "2", "3", "4", "5", "5", "text", "7"]
+    assert [texts(samples[i])[-1][0] for i in range(8)] == ["user"] * 8
+    assert [len(texts(samples[i])) for i in (4, 5)] == [1, 3]
+    assert texts(samples[7]) == [("user", "<image>\nWhat is this?")]
 
 
 def test_a_folder_of_images_gets_one_question(tmp_path: Path) -> None:
@@ -158,7 +174,7 @@ def test_bad_images_are_left_out_and_counted(tmp_path: Path) -> None:
         data.setup("fit")
     assert list(data.datasets["train"].names) == ["1", "2", "3", "4", "5", "text"]
     assert data.contents() == (
-        "6 train, 6 val conversations, 2 train, 2 val left out for bad images"
+        "6 train conversations, 7 val questions, 2 train, 2 val left out for bad images"
     )
     data = build(tmp_path, spoiled(tmp_path)[6:], val_file="train.json", on_bad_image="skip")
     with pytest.raises(ValueError, match="none is left"):
@@ -236,7 +252,8 @@ def test_the_real_files(shared_data: Path) -> None:
         data.setup("validate")
         samples = data.datasets["val"]
         found = [samples.conversations[index] for index in range(len(samples))]
-        assert len(found) == conversations
-        assert sum(len(each.turns) for each in found) == 2 * asked
+        assert len(found) == asked
+        assert len(samples.conversations.conversations) == conversations
+        assert all(each.turns[-1].role == "assistant" for each in found)
         with Image.open(found[0].images[0]) as image:
             assert samples[0].images[0].shape[1:] == image.size[::-1]

@@ -1,9 +1,13 @@
 """What is drawn of a conversation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from checkpoints import save_checkpoint
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from transformers import AutoProcessor
 
 from litflora.commands.samples import sheet
 from litflora.datamodules.conversations import ASSISTANT, USER, Conversation, Turn
@@ -11,6 +15,7 @@ from litflora.datamodules.vision_language import Conversations
 from litflora.drawing import ConversationDrawing
 from litflora.drawing.conversations import ANSWER, LINES, RIGHT, WRONG, collage, write
 from litflora.language.encoding import Encoder
+from litflora.language.processing import ProcessorEncoder
 from litflora.language.shown import as_trained
 from litflora.language.tiny import byte_tokenizer
 
@@ -25,6 +30,7 @@ def conversation(*texts, images=(), **options):
     return Conversation("a", turns, tuple(images), **options)
 
 
+ONE = conversation("<image>\nA cat?", "yes", images=[image()])
 TWO = conversation("<image>\nA cat?", "yes", "And <image>?", "a $5 dog", images=[image(), image()])
 
 
@@ -127,6 +133,18 @@ def test_what_comes_to_training_is_read_back_from_tokens(encoder):
     ]
     assert [tuple(each.shape) for each in seen.images] == [(3, 6, 12)] * 2
     assert seen.images[0][:, :, :3].unique().tolist() == [127]  # padded, not cut off
+
+
+def test_images_are_shown_as_a_processor_feeds_them(tmp_path):
+    processor = AutoProcessor.from_pretrained(save_checkpoint("llava", tmp_path))
+    image = torch.zeros(3, 50, 90, dtype=torch.uint8)
+    image[0] = 250
+    seen = as_trained(ProcessorEncoder(processor, 200), replace(ONE, images=(image,)))
+    (fed,) = seen.images
+    made = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    assert fed.dtype == torch.uint8
+    assert fed.shape == made.shape != image.shape
+    assert [channel.unique().tolist() for channel in fed] == [[250], [0], [0]]
 
 
 def test_a_sheet_of_conversations(encoder):

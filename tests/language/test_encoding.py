@@ -161,6 +161,18 @@ def test_batches_are_padded_at_the_end_to_train_and_in_front_to_answer():
     assert batch["images"].shape == prompt["images"].shape == (1, 3, 8, 8)
 
 
+def test_an_evaluation_is_of_the_last_answer():
+    own = encoder()
+    batch = own.eval_batch([TURNS, ONE, TWO])
+    learnt = [own.tokenizer.decode([i for i in row if i != IGNORED]) for row in batch["labels"]]
+    assert learnt == ["Here</s>", "A cat</s>", "No</s>"]
+    short = encoder(max_length=len(own.prompt(OPEN).input_ids) - 1)
+    with pytest.warns(UserWarning, match="it counts as unanswered"):
+        batch = short.eval_batch([TURNS, ONE])
+    assert batch["unanswered"] == [True, False]
+    assert batch["labels"][0].unique().tolist() == [IGNORED]
+
+
 def test_images_are_made_to_fit_and_padded():
     wide = torch.full((3, 20, 40), 255, dtype=torch.uint8)
     (found,) = encoder().images([wide])

@@ -39,7 +39,7 @@ class Conversation:
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Path | Tensor, ...] = ()
+    images: tuple[str | Path | Tensor, ...] = ()
     answers: tuple[str, ...] = field(default=())
     closed: bool | None = None
     files: tuple[str, ...] = ()

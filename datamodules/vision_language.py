@@ -31,7 +31,7 @@ class Conversations(SeededDataset):
 
     def __getitem__(self, key: int) -> Conversation:
         asked = self.conversations[key % len(self)]
-        files = tuple(str(image) for image in asked.images if isinstance(image, Path))
+        files = tuple(str(image) for image in asked.images if not isinstance(image, torch.Tensor))
         try:
             images = tuple(map(read_image, asked.images))
         except ValueError as reason:

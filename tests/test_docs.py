@@ -39,6 +39,13 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(block, page, "exec"), {"__name__": "example"})
 
 
+def test_questions_of_ones_own_are_learnt(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("docs/vision_language.md", "python")
+    exec(compile(block, "vision_language", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.splitlines()[-1] == "yes"
+
+
 def write_leaves(folder: Path) -> None:
     for split in ("train", "val"):
         for kind, mode in (("photos", "RGB"), ("labels", "L")):

@@ -61,16 +61,17 @@ class LoRADelta(Delta):
 
     def compose(self, *factors: Tensor) -> Tensor:
         """Multiplies B by A."""
-        lora_A, lora_B = factors
+        lora_A, lora_B = self.pair(*factors)
         return self._masked(expand(*self._tucker(self._scaled(lora_A), lora_B)))
 
     def tucker(self) -> tuple[Tensor, Factors] | None:
         """A is the core; B the only factor."""
-        return self._tucker(*self.pair())
+        return self._tucker(*self.pair(*self.tensors()))
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B of the product that dW is, but for the scale."""
-        return self.lora_A, self.lora_B
+    def pair(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of the product that dW is, but for the scale, from what ``tensors`` gives."""
+        lora_A, lora_B = factors
+        return lora_A, lora_B
 
     def _tucker(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Factors]:
         factors: list[Tensor | None] = [None] * len(self.info.shape)

@@ -19,6 +19,7 @@ from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .files import Stored
 from .lora import LoRADelta
+from .sharded import whole
 from .starts import OLoRADelta, PiSSADelta
 from .targets import Candidate, candidates
 
@@ -88,7 +89,7 @@ def to_peft(
                 "save it in litflora's own format"
             )
         infix, suffix = ("embedding_", "") if info.kind == "embedding" else ("", ".weight")
-        lora_A, lora_B = delta.pair()
+        lora_A, lora_B = delta.pair(*map(whole, delta.tensors()))
         ones = [1] * (len(info.shape) - 2)
         tensors[f"{PREFIX}{layer}.lora_{infix}A{suffix}"] = lora_A
         tensors[f"{PREFIX}{layer}.lora_{infix}B{suffix}"] = lora_B.reshape(*lora_B.shape, *ones)

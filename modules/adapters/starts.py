@@ -56,20 +56,10 @@ class StartedDelta(LoRADelta):
         """A, B, A0 and B0."""
         return self.lora_A, self.lora_B, self.start_A, self.start_B
 
-    def compose(self, *factors: Tensor) -> Tensor:
-        """Multiplies the `pair` that four factors make."""
-        return super().compose(*_difference(*factors))
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B of twice the rank, whose product is ``B A - B0 A0``."""
-        return _difference(*self.tensors())
-
-
-def _difference(
-    lora_A: Tensor, lora_B: Tensor, start_A: Tensor, start_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``[B - B0, B0] [A; A - A0]``: B A - B0 A0, and exactly zero at the start."""
-    return torch.cat([lora_A, lora_A - start_A]), torch.cat([lora_B - start_B, start_B], 1)
+    def pair(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """``[A; A - A0]`` and ``[B - B0, B0]``: B A - B0 A0, and exactly zero at the start."""
+        lora_A, lora_B, start_A, start_B = factors
+        return torch.cat([lora_A, lora_A - start_A]), torch.cat([lora_B - start_B, start_B], 1)
 
 
 class PiSSADelta(StartedDelta):

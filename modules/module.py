@@ -30,6 +30,7 @@ from .adapters import (
     summary,
 )
 from .adapters.layers import origin_of
+from .adapters.loftq import loftq_deltas
 from .adapters.sharded import part_of, plain_name
 from .adapters.targets import is_inside
 from .backbones import normalization, with_targets
@@ -199,6 +200,8 @@ class TuningModule(LightningModule):
         self._matrices = {name for name, p in net.named_parameters() if p.ndim > 1}
         self.tuned = summary(net)
         self._hold_base(net)
+        for delta in loftq_deltas(net):
+            delta.check()
         checkpoint_activations(net, self.activation_checkpointing)
         if sharded:
             self._shard(net, weights)

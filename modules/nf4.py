@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from .adapters.fingerprint import fingerprint
 from .adapters.functions import compute_dtype
+from .adapters.loftq import loftq_deltas
 
 BLOCK = 64  # numbers with one scale, as in QLoRA
 SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes computes in
@@ -135,6 +136,8 @@ def check_installed() -> None:
 def quantize(model: nn.Module, parts: Sequence[str] = ("",)) -> None:
     """Holds the frozen weights of linear layers in NF4, in place; output layers stay as they are.
 
+    LoftQ's deltas begin then, and see what it takes of their weights.
+
     Args:
         model: A module with a model of transformers in it, with adapters or without.
         parts: Names of the modules whose layers they are; none is the model itself.
@@ -153,7 +156,10 @@ def quantize(model: nn.Module, parts: Sequence[str] = ("",)) -> None:
             "by LoRA or FLoRA, or leave base_dtype out"
         )
     for layer in layers:
+        begun = [(delta, delta.weight()) for delta in loftq_deltas(layer)]
         layer.weight = nn.Parameter(NF4Weight.of(layer.weight), requires_grad=False)
+        for delta, original in begun:
+            delta.begin(original)
 
 
 def dequantize(model: nn.Module) -> dict[str, float]:

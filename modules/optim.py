@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from .adapters import trainable_parameters
+from .adapters import Delta, trainable_parameters
 from .adapters.sharded import plain_name
 from .adapters.targets import is_inside
 
@@ -133,6 +133,7 @@ def build_optimizer(
 
     Adapters are not decayed, nor are biases, scales of norms and what timm exempts. A layer
     ``d`` layers below the head has its rate multiplied by ``layer_decay ** d``, adapters included.
+    What a delta has learn faster (see `Delta.rates`) does so on top of all that.
 
     Args:
         factory: Makes the optimizer from parameter groups.
@@ -146,7 +147,7 @@ def build_optimizer(
             flattened now, as by FSDP1.
         rates: Learning rates in place of all of these, but for layer decay, for the modules named.
     """
-    scale = _layer_scales(net, layer_decay)
+    scale, ratios = _layer_scales(net, layer_decay), _ratios(net)
     rates = rates or {}
     groups: dict[tuple[str, float, float | None], dict[str, Any]] = {}
     trained = trainable_parameters(net)
@@ -158,10 +159,12 @@ def build_optimizer(
         matrix = parameter.ndim > 1 or name in matrices
         decays = not adapter and matrix and name not in undecayed
         factor = 1.0 if head else scale.get(name, 1.0)
-        rate = _of_module(name, rates)
+        own = _of_module(name, rates)
+        rate = head_lr if head and head_lr is not None else own
         factor *= 1.0 if rate is not None else _of_module(name, factors or {}) or 1.0
+        factor *= ratios.get(id(parameter), 1.0)
         label = kind if decays or adapter else f"{kind}_1d"
-        told = _label(label, factor) if rate is None else f"{_label(label, factor)}_lr{rate:.3g}"
+        told = _label(label, factor) if own is None else f"{_label(label, factor)}_lr{own:.3g}"
         group = groups.setdefault((label, factor, rate), {"params": [], "name": told})
         group["params"].append(parameter)
         if not decays:
@@ -172,12 +175,16 @@ def build_optimizer(
         optimizer = factory(list(groups.values()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"the optimizer refuses its settings: {error}") from error
-    for (label, factor, rate), group in zip(groups, optimizer.param_groups, strict=True):
-        own = group["lr"] if lr is None else lr
-        group["lr"] = (own if rate is None else rate) * factor
-        if head_lr is not None and label.startswith("head"):
-            group["lr"] = head_lr
+    for (_, factor, rate), group in zip(groups, optimizer.param_groups, strict=True):
+        usual = group["lr"] if lr is None else lr
+        group["lr"] = (usual if rate is None else rate) * factor
     return optimizer
+
+
+def _ratios(net: nn.Module) -> dict[int, float]:
+    """How many times the rate of its delta a parameter has, by its id."""
+    deltas = [module for module in net.modules() if isinstance(module, Delta)]
+    return {id(d.get_parameter(name)): times for d in deltas for name, times in d.rates().items()}
 
 
 def _of_module(name: str, values: Mapping[str, float]) -> float | None:

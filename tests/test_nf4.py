@@ -14,7 +14,7 @@ from test_vision_language import SMALL, fit, module, questions
 from torch import nn
 
 from litflora import FLoRA, Full, LoRA, from_adapter
-from litflora.adapters import AdapterError, inject, load, merge, save
+from litflora.adapters import AdapterError, LoftQ, Parts, inject, load, merge, save
 from litflora.adapters.paths import choose
 from litflora.callbacks import AdapterFolder
 from litflora.language.tiny import byte_tokenizer, tiny_language_model
@@ -185,6 +185,79 @@ def test_an_adapter_knows_the_base_before_quantisation(tmp_path):
         load(other, tmp_path / "nf4")
 
 
+# LoftQ --------------------------------------------------------------------------------------------
+
+
+def begun(**options):
+    """Layers as they were; in 4 bits with deltas that make up for it; and those deltas."""
+    net = layers()
+    inject(net, LoftQ(rank=8, targets=["0", "2"], **options))
+    quantize(net)
+    found = [net[i].adapters["default"]["weight"] for i in (0, 2)]
+    return layers(), net, found
+
+
+@pytest.mark.parametrize("alpha", [8.0, 20.0])
+def test_loftq_begins_with_what_the_bits_take(alpha):
+    low_rank = pytest.importorskip("peft.utils.loftq_utils")._low_rank_decomposition
+    plain, net, deltas = begun(alpha=alpha)
+    for layer, original, delta in zip(net[::2], plain[::2], deltas, strict=True):
+        quantised = layer.weight.values(torch.float32)
+        lost = original.weight - quantised
+        theirs = low_rank(lost, 8)  # PEFT's numbers, of which it forgets the scale
+        torch.testing.assert_close(delta.dense(), theirs["L"] @ theirs["R"], rtol=0, atol=1e-6)
+        left = (original.weight - quantised - delta.dense()).norm()
+        assert left < 0.8 * lost.norm()
+        assert torch.allclose(
+            delta.lora_B.T @ delta.lora_B, delta.lora_A @ delta.lora_A.T, atol=1e-6
+        )
+    x = torch.randn(9, 64)
+    quantize(bits := layers())
+    assert (net(x) - plain(x)).norm() < 0.8 * (bits(x) - plain(x)).norm()
+
+
+def test_loftq_of_parts_makes_up_for_their_own_rows():
+    _, _, (whole, _) = begun()
+    net = layers()
+    inject(net, LoftQ(rank=8, targets="0", parts={"0": Parts([16, 32], [1])}))
+    original = net[0].weight.clone()
+    quantize(net)
+    dense = net[0].adapters["default"]["weight"].dense()
+    lost = original - net[0].weight.values(torch.float32)
+    assert (dense[:16] == 0).all()
+    assert 0 < (lost - dense)[16:].norm() < 0.8 * lost[16:].norm()
+    assert not torch.equal(dense[16:], whole.dense()[16:])
+
+
+def test_loftq_is_loaded_as_it_was_trained(tmp_path):
+    _, net, deltas = begun()
+    with torch.no_grad():
+        deltas[0].lora_B.normal_(0, 0.1)
+    save(net, tmp_path)
+    x = torch.randn(3, 64)
+    load(early := layers(), tmp_path)
+    quantize(early)
+    quantize(late := layers())
+    load(late, tmp_path)
+    for each in (early, late):
+        assert torch.equal(each(x), net(x))
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert told["method"] == ["LoftQ"]
+    dequantize(early)
+    merge(early)
+    torch.testing.assert_close(early(x), net(x))
+
+
+def test_loftq_comes_before_the_bits():
+    quantize(net := layers())
+    with pytest.raises(AdapterError, match=r"0\.weight is quantised already, and LoftQ begins"):
+        inject(net, LoftQ(rank=2, targets="0"))
+    with pytest.raises(AdapterError, match=r"0\.weight is no linear layer's weight"):
+        inject(nn.Sequential(nn.Conv2d(3, 4, 1)), LoftQ(rank=2, targets="0"))
+    with pytest.raises(AdapterError, match="LoftQ divides by the scale: alpha must not be 0"):
+        LoftQ(alpha=0)
+
+
 # The whole of it ----------------------------------------------------------------------------------
 
 
@@ -298,12 +371,23 @@ def test_a_checkpoint_is_read_into_four_bits(run, language_folder, batch):
     ("options", "told"),
     [
         ({"language_tuning": Full()}, "the language model has none: tune it by LoRA or FLoRA"),
+        ({"tuning": LoftQ(rank=2)}, r"tower\..* is not held in them: set base_dtype to nf4"),
         ({"weights": None}, "needs a base that can be read again: give weights"),
     ],
 )
 def test_what_cannot_be_held_is_refused(options, told, language_folder):
     with pytest.raises(ValueError, match=told):
         held(language_folder, **options).configure_model()
+
+
+def test_loftq_is_trained_saved_and_read_again(language_folder, batch, tmp_path):
+    made = held(language_folder, language_tuning=LoftQ(rank=2))
+    fit(made, tmp_path, callbacks=[AdapterFolder()])
+    again = from_adapter(tmp_path / "adapter")
+    again.configure_model()
+    assert torch.equal(again.eval()(batch).logits, made.eval()(batch).logits)
+    with pytest.raises(AdapterError, match="is not held in them: set base_dtype to nf4"):
+        from_adapter(tmp_path / "adapter", base_dtype=None).configure_model()
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ from .inject import (
     trainable_parameters,
     unload,
 )
+from .loftq import LoftQ
 from .lora import LoRA, LoRADelta
 from .merging import MergeReport, merge, unmerge
 from .per_module import PerModule
 from .selective import BitFit, Frozen, Full, NormTuning, Probe, Selective
+from .starts import OLoRA, PiSSA
 from .summary import Summary, summary
 from .tuning import DeltaTuning, Parts, Tuning
 
@@ -39,10 +41,13 @@ __all__ = [
     "Full",
     "LoRA",
     "LoRADelta",
+    "LoftQ",
     "MergeReport",
     "NormTuning",
+    "OLoRA",
     "Parts",
     "PerModule",
+    "PiSSA",
     "Probe",
     "Selective",
     "Summary",

@@ -158,6 +158,10 @@ class Delta(nn.Module):
         """Names of the delta's parameters that never train."""
         return set()
 
+    def rates(self) -> dict[str, float]:
+        """Names of parameters that learn faster or slower than the rest, and how many times."""
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """Plain keyword arguments which, after ``info``, build this delta again."""
         return {"scale": self.scale, "path": self.path, "dropout": self.dropout}

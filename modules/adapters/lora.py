@@ -29,6 +29,7 @@ class LoRADelta(Delta):
     Attributes:
         lora_A: ``[r, ...]``, the stored shape without its output mode.
         lora_B: ``[out, r]``.
+        lr_ratio: The learning rate of B over that of A.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class LoRADelta(Delta):
         scale: float = 1.0,
         path: Path = "auto",
         dropout: float = 0.0,
+        lr_ratio: float = 1.0,
     ) -> None:
         super().__init__(info, scale, path, dropout)
         self.rank = rank
+        self.lr_ratio = lr_ratio
         shape_A, shape_B = self.shapes(info, rank)
         self.lora_A = self.factory(*shape_A)
         self.lora_B = self.factory(*shape_B)
@@ -58,12 +61,17 @@ class LoRADelta(Delta):
 
     def compose(self, *factors: Tensor) -> Tensor:
         """Multiplies B by A."""
-        lora_A, lora_B = factors
+        lora_A, lora_B = self.pair(*factors)
         return self._masked(expand(*self._tucker(self._scaled(lora_A), lora_B)))
 
     def tucker(self) -> tuple[Tensor, Factors] | None:
         """A is the core; B the only factor."""
-        return self._tucker(self.lora_A, self.lora_B)
+        return self._tucker(*self.pair(*self.tensors()))
+
+    def pair(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of the product that dW is, but for the scale, from what ``tensors`` gives."""
+        lora_A, lora_B = factors
+        return lora_A, lora_B
 
     def _tucker(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Factors]:
         factors: list[Tensor | None] = [None] * len(self.info.shape)
@@ -75,8 +83,15 @@ class LoRADelta(Delta):
         return (self.rank,)
 
     def settings(self) -> dict[str, Any]:
-        """Adds the rank."""
-        return {"rank": self.rank, **super().settings()}
+        """Adds the rank and the ratio of learning rates."""
+        return {"rank": self.rank, "lr_ratio": self.lr_ratio, **super().settings()}
+
+    def rates(self) -> dict[str, float]:
+        """That of B; none for an embedding, whose factors have each other's roles.
+
+        PEFT's ``create_loraplus_optimizer`` makes that exception too.
+        """
+        return {} if self.info.kind == "embedding" else {"lora_B": self.lr_ratio}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -163,14 +178,15 @@ def conv_parameter_counts(info: WeightInfo, rank: int) -> dict[str, int]:
     counts = {}
     for form in _CONV_FORMS:
         try:
-            cls = _delta_class(info, form)
+            cls = delta_class(info, form)
         except AdapterError:
             continue
         counts[form] = sum(math.prod(shape) for shape in cls.shapes(info, rank))
     return counts
 
 
-def _delta_class(info: WeightInfo, form: str) -> type[LoRADelta]:
+def delta_class(info: WeightInfo, form: str) -> type[LoRADelta]:
+    """Which delta a weight gets; raises if the form is not defined for it."""
     if info.kind == "parameter" and len(info.shape) > 2:
         return BatchedLoRADelta
     if form == "peft" or info.kind not in ("conv", "depthwise"):
@@ -192,6 +208,8 @@ class LoRA(DeltaTuning):
         rank: The rank r; clamped to the smaller side of each weight.
         alpha: The scale is ``alpha / rank``.
         rank_stabilized: The scale is ``alpha / sqrt(rank)`` (arXiv 2312.03732).
+        lr_ratio: The learning rate of B over that of A (LoRA+, arXiv 2402.12354, which finds 16 a
+            good one); embeddings have one rate.
         conv: Which LoRA a convolution gets: "peft" (k x k to rank r, then 1 x 1), "loralib"
             (rank r * k) or "article" (the formula that the FLoRA article counts by).
         alpha_pattern: Alphas of their own for the layers that a pattern names.
@@ -200,6 +218,7 @@ class LoRA(DeltaTuning):
     rank: int = 8
     alpha: float = 16.0
     rank_stabilized: bool = False
+    lr_ratio: float = 1.0
     conv: ConvForm = "peft"
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -210,6 +229,9 @@ class LoRA(DeltaTuning):
             raise AdapterError(f"conv must be one of {', '.join(_CONV_FORMS)}, not {self.conv!r}")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             check_finite(alpha, "alpha")
+        check_finite(self.lr_ratio, "lr_ratio")
+        if self.lr_ratio <= 0:
+            raise AdapterError(f"lr_ratio must be above 0, not {self.lr_ratio}")
 
     def patterns(self) -> dict[str, dict[str, Any]]:
         """Adds the alphas."""
@@ -220,7 +242,7 @@ class LoRA(DeltaTuning):
         (asked,) = self.asked_ranks(info, overrides.get("rank_pattern", self.rank))
         alpha = overrides.get("alpha_pattern", self.alpha)
         divide_by: Callable[[float], float] = math.sqrt if self.rank_stabilized else float
-        cls = _delta_class(info, self.conv)
+        cls = self.delta_class(info)
         # The scale follows the rank that was asked for: clamping must not make a delta louder.
         largest = _largest_rank(cls, info)
         delta = cls(
@@ -229,9 +251,14 @@ class LoRA(DeltaTuning):
             scale=alpha / divide_by(asked),
             path=self.path,
             dropout=self.dropout,
+            lr_ratio=self.lr_ratio,
         )
         delta.clamped = asked > largest
         return delta
+
+    def delta_class(self, info: WeightInfo) -> type[LoRADelta]:
+        """Which delta a weight gets."""
+        return delta_class(info, self.conv)
 
     def asked_ranks(self, info: WeightInfo, rank: int | list[int]) -> list[int]:
         """The rank asked for, before clamping."""

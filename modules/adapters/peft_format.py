@@ -19,9 +19,13 @@ from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .files import Stored
 from .lora import LoRADelta
+from .sharded import whole
+from .starts import OLoRADelta, PiSSADelta
 from .targets import Candidate, candidates
 
 PREFIX = "base_model.model."
+# Deltas that are one product of two matrices beside the base as it is.
+_PLAIN = (LoRADelta, PiSSADelta, OLoRADelta)
 _KEY = re.compile(r"(?P<layer>.*?)\.?lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
 
 
@@ -78,16 +82,18 @@ def to_peft(
     for weight, delta in deltas.items():
         layer, _, param = weight.rpartition(".")
         info = delta.info
-        if type(delta) is not LoRADelta or param != "weight" or info.groups > 1:
+        plain = type(delta) in _PLAIN and param == "weight" and info.groups == 1
+        if not (isinstance(delta, LoRADelta) and plain):
             raise AdapterError(
                 f"{weight}: PEFT's LoRA format cannot hold this delta ({type(delta).__name__}); "
                 "save it in litflora's own format"
             )
         infix, suffix = ("embedding_", "") if info.kind == "embedding" else ("", ".weight")
-        lora_B = delta.lora_B.reshape(*delta.lora_B.shape, *[1] * (len(info.shape) - 2))
-        tensors[f"{PREFIX}{layer}.lora_{infix}A{suffix}"] = delta.lora_A
-        tensors[f"{PREFIX}{layer}.lora_{infix}B{suffix}"] = lora_B
-        ranks[layer], alphas[layer] = delta.rank, delta.scale * delta.rank
+        lora_A, lora_B = delta.pair(*map(whole, delta.tensors()))
+        ones = [1] * (len(info.shape) - 2)
+        tensors[f"{PREFIX}{layer}.lora_{infix}A{suffix}"] = lora_A
+        tensors[f"{PREFIX}{layer}.lora_{infix}B{suffix}"] = lora_B.reshape(*lora_B.shape, *ones)
+        ranks[layer], alphas[layer] = len(lora_A), delta.scale * len(lora_A)
     return tensors, _config(deltas, trained, ranks, alphas)
 
 

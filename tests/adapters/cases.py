@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from litflora.adapters import FLoRA, LoRA, Tuning, inject
+from litflora.adapters import FLoRA, LoRA, OLoRA, PiSSA, Tuning, inject
 
 PATHS = ("side", "rebuilt", "merged", "auto")
 
@@ -79,6 +79,7 @@ class Case:
     target: str = "layer"
     square: bool = False  # a 2-D convolution with a square kernel: all forms of LoRA are defined
 
+    stack: bool = False  # many matrices in one parameter
     known: bool = True  # attention, raw parameters, own forwards: nothing to run a chain beside
 
     def model(self, dtype: torch.dtype = torch.float64) -> Holder:
@@ -242,7 +243,10 @@ CASES: list[Case] = [
     *_transformers_conv1d(),
     _conv(Standardised, "conv2d-own_forward", (4, 6), 3, (6, 5), padding=1, groups=2),
     _dense("raw-2d", partial(Mixture, 6, 9), (6,), target="layer.table"),
-    _dense("raw-3d-experts", partial(Experts, 3, 6, 8), (3, 6), target="layer.gate_up"),
+    replace(
+        _dense("raw-3d-experts", partial(Experts, 3, 6, 8), (3, 6), target="layer.gate_up"),
+        stack=True,
+    ),
 ]
 
 BY_ID = {case.id: case for case in CASES}
@@ -272,16 +276,21 @@ METHODS: dict[str, Callable[..., Tuning]] = {
     "lora": partial(LoRA, rank=2, alpha=3.0),
     "lora_loralib": partial(LoRA, rank=2, alpha=2.0, conv="loralib"),
     "lora_article": partial(LoRA, rank=2, alpha=2.0, conv="article", rank_stabilized=True),
+    "pissa": partial(PiSSA, rank=2, alpha=3.0),
+    "olora": partial(OLoRA, rank=2, alpha=3.0),
 }
 
 
 SQUARE = ("lora_loralib", "lora_article")  # defined for square kernels; they have no low-rank chain
+STARTED = ("pissa", "olora")  # defined for one matrix, not for a stack
 
 
 def paths_of(case: Case, method: str) -> tuple[str, ...]:
     """The paths that a method has on a layer; none where the method is not defined."""
     if method in SQUARE:
         return ("merged", "auto") if case.square else ()
+    if method in STARTED and case.stack:
+        return ()
     return PATHS if case.known else ("merged", "auto")
 
 

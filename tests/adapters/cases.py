@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from litflora.adapters import FLoRA, LoRA, Tuning, inject
+from litflora.adapters import DoRA, FLoRA, LoHa, LoKr, LoRA, MoRA, Tuning, inject
 
 PATHS = ("side", "rebuilt", "merged", "auto")
 
@@ -272,33 +272,48 @@ METHODS: dict[str, Callable[..., Tuning]] = {
     "lora": partial(LoRA, rank=2, alpha=3.0),
     "lora_loralib": partial(LoRA, rank=2, alpha=2.0, conv="loralib"),
     "lora_article": partial(LoRA, rank=2, alpha=2.0, conv="article", rank_stabilized=True),
+    "dora": partial(DoRA, rank=2, alpha=3.0),
+    "mora": partial(MoRA, rank=1, kind="sharing"),
+    "mora_rope": partial(MoRA, rank=1, kind="rope"),
+    "loha": partial(LoHa, rank=2, alpha=3.0),
+    "lokr": partial(LoKr, rank=1, alpha=1.5, decompose_both=True),
 }
 
 
 SQUARE = ("lora_loralib", "lora_article")  # defined for square kernels; they have no low-rank chain
+# dW is made as one matrix; what the layer is beyond its shape is the base operation's affair.
+MATRICES = ("mora", "mora_rope", "loha", "lokr")
 
 
 def paths_of(case: Case, method: str) -> tuple[str, ...]:
     """The paths that a method has on a layer; none where the method is not defined."""
     if method in SQUARE:
         return ("merged", "auto") if case.square else ()
+    if method in ("dora", *MATRICES):  # no low-rank chain, and not defined for stacks of matrices
+        return () if case.id == "raw-3d-experts" else ("merged", "auto")
     return PATHS if case.known else ("merged", "auto")
 
 
 def table(ids: Iterable[str] = (), methods: Iterable[str] = ("flora",), path: bool = True) -> Any:
     """Parametrises a test by layer x method x path, of those that exist.
 
-    All layers where no ids are given; a test without `path` runs each method once.
+    All layers where no ids are given, and for `MATRICES` one of each family; a test without `path`
+    runs each method once.
     """
     rows = [
         pytest.param(
             case, method, kind, id="-".join(filter(None, (case.id, method, path and kind)))
         )
-        for case in ([BY_ID[name] for name in ids] or CASES)
         for method in methods
+        for case in _cases(ids, method)
         for kind in (paths_of(case, method) if path else paths_of(case, method)[-1:])
     ]
     return pytest.mark.parametrize(("case", "method", "path"), rows)
+
+
+def _cases(ids: Iterable[str], method: str) -> list[Case]:
+    every = FAMILIES if method in MATRICES else tuple(BY_ID)
+    return [BY_ID[name] for name in ids or every]
 
 
 def adapt(

@@ -1,19 +1,16 @@
-"""LoKr (Yeh et al., LyCORIS, arXiv 2309.14859): ``dW = s * kron(C, B A)``.
-
-The block structure, start and scale are those of PEFT.
-"""
+"""LoKr (Yeh et al., LyCORIS, arXiv 2309.14859): ``dW = s * kron(C, B A)``, divided as in PEFT."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .delta import Path, WeightInfo
-from .errors import AdapterError
 from .matrix import MatrixDelta
 from .tuning import DeltaTuning, check_finite, check_rank, one_rank
 
@@ -21,7 +18,7 @@ from .tuning import DeltaTuning, check_finite, check_rank, one_rank
 class LoKrDelta(MatrixDelta):
     """dW as a Kronecker product, of which either factor may be a product of rank r itself.
 
-    With ``out = l * k`` and ``in = m * n`` the factors have shapes ``[l, m]`` and
+    With ``out = j * k`` and ``in = m * n`` the factors have shapes ``[j, m]`` and
     ``[k, n * kernel]``. The second is a product if r is below half of the larger of k and n, the
     first, if asked for, by the same rule.
 
@@ -43,15 +40,13 @@ class LoKrDelta(MatrixDelta):
         super().__init__(info, scale, path, dropout)
         self.rank, self.factor, self.both = rank, decompose_factor, decompose_both
         inputs = info.shape[info.in_dim]
-        k1, k2 = divided(self.rows, decompose_factor)
-        n1, n2 = divided(inputs, decompose_factor)
-        self.lokr_w1 = self._factors(k1, n1, decompose_both and rank < max(k1, n1) / 2)
-        taps = self.columns // inputs
-        self.lokr_w2 = self._factors(k2, n2 * taps, rank < max(k2, n2) / 2)
+        (j, k), (m, n) = (divided(size, decompose_factor) for size in (self.rows, inputs))
+        self.lokr_w1 = self._factors(j, m, decompose_both and rank < max(j, m) / 2)
+        self.lokr_w2 = self._factors(k, n * (self.columns // inputs), rank < max(k, n) / 2)
         self.reset_parameters()
 
-    def _factors(self, rows: int, columns: int, thin: bool) -> nn.ParameterList:
-        shapes = [(rows, self.rank), (self.rank, columns)] if thin else [(rows, columns)]
+    def _factors(self, rows: int, columns: int, low_rank: bool) -> nn.ParameterList:
+        shapes = [(rows, self.rank), (self.rank, columns)] if low_rank else [(rows, columns)]
         return nn.ParameterList([self.factory(*shape) for shape in shapes])
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -61,7 +56,7 @@ class LoKrDelta(MatrixDelta):
     def matrix(self, *factors: Tensor) -> Tensor:
         """Multiplies each factor out, and takes their Kronecker product."""
         split = len(self.lokr_w1)
-        first, second = (_product(part) for part in (factors[:split], factors[split:]))
+        first, second = (reduce(torch.matmul, part) for part in (factors[:split], factors[split:]))
         return torch.kron(self._scaled(first), second)
 
     def ranks(self) -> tuple[int, ...]:
@@ -70,8 +65,8 @@ class LoKrDelta(MatrixDelta):
 
     def settings(self) -> dict[str, Any]:
         """Adds the rank and how the sides are divided."""
-        own = {"rank": self.rank, "decompose_factor": self.factor, "decompose_both": self.both}
-        return {**own, **super().settings()}
+        divide = {"decompose_factor": self.factor, "decompose_both": self.both}
+        return {"rank": self.rank, **divide, **super().settings()}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -81,17 +76,11 @@ class LoKrDelta(MatrixDelta):
         self.lokr_w1[0].zero_()
 
 
-def _product(factors: tuple[Tensor, ...]) -> Tensor:
-    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-
-
 def divided(size: int, factor: int = -1) -> tuple[int, int]:
-    """``size`` as the product of two numbers.
+    """``size`` as the product of two numbers, the first of which is the factor if that divides it.
 
-    Args:
-        size: The number.
-        factor: The first of the two, if it divides ``size``; if not, the first is the largest that
-            does and is not above it, nor above the second. -1 makes the two as equal as can be.
+    If not, the first is the largest divisor that is above neither the factor nor the second; of
+    ``factor=-1`` this is the most even division.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -120,11 +109,8 @@ class LoKr(DeltaTuning):
         super().__post_init__()
         check_rank(self.rank)
         check_finite(self.alpha, "alpha")
-        if self.decompose_factor != -1:
-            try:
-                check_rank(self.decompose_factor, "decompose_factor")
-            except AdapterError as error:
-                raise AdapterError(f"{error}, or -1 for sides as equal as can be") from None
+        if self.decompose_factor != -1:  # which divides as evenly as can be
+            check_rank(self.decompose_factor, "decompose_factor")
 
     def build(self, info: WeightInfo, overrides: dict[str, Any]) -> LoKrDelta:
         """Makes the delta of one weight."""

@@ -61,9 +61,9 @@ class MoRADelta(MatrixDelta):
     def _turned(self, square: Tensor, chunks: int) -> Tensor:
         """M times the rotation of each chunk, along a diagonal of blocks."""
         side, kept = len(square), min(chunks, math.ceil(self.rows / len(square)))
-        like = {"dtype": square.dtype, "device": square.device}
-        frequencies = 10000.0 ** (-torch.arange(0, side, 2, **like) / side)
-        angles = torch.outer(torch.arange(kept, **like), frequencies).repeat(1, 2).unsqueeze(1)
+        pairs = torch.arange(0, side, 2, device=square.device).to(square)
+        positions = torch.arange(kept, device=square.device).to(square)
+        angles = torch.outer(positions, 10000.0 ** (-pairs / side)).repeat(1, 2).unsqueeze(1)
         left, right = square.chunk(2, 1)
         blocks = square * angles.cos() + torch.cat([right, -left], 1) * angles.sin()
         # The outputs of later chunks would be cut off: they are not made.

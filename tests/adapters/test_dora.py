@@ -192,7 +192,11 @@ def test_values_and_gradients_and_files_are_pefts(kind: str, tmp_path: Path) -> 
     base = nn.Sequential(layer).double()
     x = x.double() if x.is_floating_point() else x
     config = peft.LoraConfig(
-        r=3, lora_alpha=5, use_dora=True, target_modules=["0"], fan_in_fan_out=kind == "transformers_conv1d"
+        r=3,
+        lora_alpha=5,
+        use_dora=True,
+        target_modules=["0"],
+        fan_in_fan_out=kind == "transformers_conv1d",
     )
     theirs = peft.get_peft_model(deepcopy(base), config)
     with torch.no_grad():

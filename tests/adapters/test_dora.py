@@ -146,11 +146,27 @@ def test_a_copy_follows_its_own_base() -> None:
     assert relative_error(own.dense(), theirs.dense()) > 1e-2
 
 
+def test_it_is_refused_where_the_base_is_read_later() -> None:
+    model = nn.Sequential(nn.Linear(4, 3, device="meta"))
+    with pytest.raises(AdapterError, match=r"0\.weight: DoRA begins from the base's values"):
+        inject(model, DoRA(targets="0"), device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("method", ["dora", "mora", "mora_rope", "loha", "lokr"])
 def test_backward_keeps_no_matrix_of_the_bases_size(method: str) -> None:
     wide = Case("wide", lambda: nn.Linear(96, 128), lambda batch: (torch.randn(batch, 96),))
     model, _ = adapt(wide, method)
     assert saved_bytes(model, *wide.inputs()) < 96 * 128 * 8 / 2
+
+
+@pytest.mark.parametrize("method", ["dora", "loha"])
+def test_compiles_to_one_graph(method: str) -> None:
+    torch._dynamo.reset()
+    model, _ = adapt(BY_ID["linear"], method)
+    (x,) = BY_ID["linear"].inputs()
+    compiled, y = torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x)
+    assert_close(compiled, y, 1e-12)
+    assert_gradients_close(compiled, y, factors(model))
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,8 @@ def paths_of(case: Case, method: str) -> tuple[str, ...]:
     if method in SQUARE:
         return ("merged", "auto") if case.square else ()
     if method in ("dora", *MATRICES):  # no low-rank chain, and not defined for stacks of matrices
-        return () if case.id == "raw-3d-experts" else ("merged", "auto")
+        paths = ("merged", "auto") if method == "dora" else ("auto",)  # the same, without a chain
+        return () if case.id == "raw-3d-experts" else paths
     return PATHS if case.known else ("merged", "auto")
 
 

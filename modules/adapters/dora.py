@@ -66,7 +66,7 @@ class DoRADelta(LoRADelta):
 
     @torch.no_grad()
     def start(self) -> None:
-        """``m = ||W0||``, computed as ever after: on this device the start is the base bit for bit."""
+        """``m = ||W0||``, computed as ever after: on this device the start is the very base."""
         self.magnitude.copy_(self._norm(self.lora_A, self.lora_B, self.weight()))
 
 

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from . import callbacks as callbacks
     from . import datamodules as datamodules
     from .adapters import BitFit as BitFit
+    from .adapters import DoRA as DoRA
     from .adapters import FLoRA as FLoRA
     from .adapters import Frozen as Frozen
     from .adapters import Full as Full
+    from .adapters import LoHa as LoHa
+    from .adapters import LoKr as LoKr
     from .adapters import LoRA as LoRA
+    from .adapters import MoRA as MoRA
     from .adapters import NormTuning as NormTuning
     from .adapters import PerModule as PerModule
     from .adapters import Probe as Probe
@@ -43,8 +47,8 @@ _HOMES = {
     "TuningModule": "module",
     "VisionLanguageModule": "vision_language",
     "from_adapter": "module",
-    **dict.fromkeys(("BitFit", "FLoRA", "Frozen", "Full", "LoRA"), "adapters"),
-    **dict.fromkeys(("NormTuning", "PerModule", "Probe"), "adapters"),
+    **dict.fromkeys(("BitFit", "DoRA", "FLoRA", "Frozen", "Full", "LoHa", "LoKr"), "adapters"),
+    **dict.fromkeys(("LoRA", "MoRA", "NormTuning", "PerModule", "Probe"), "adapters"),
 }
 __all__ = ["__version__", *_PACKAGES, *_HOMES]
 

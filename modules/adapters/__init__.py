@@ -8,6 +8,7 @@ print(report)
 
 from .calibration import Timing, calibrate
 from .delta import Delta, WeightInfo
+from .dora import DoRA, DoRADelta
 from .errors import AdapterError
 from .files import check_base, load, read_config, save
 from .flora import FLoRA, FLoRADelta
@@ -22,8 +23,11 @@ from .inject import (
     unload,
 )
 from .loftq import LoftQ
+from .loha import LoHa, LoHaDelta
+from .lokr import LoKr, LoKrDelta
 from .lora import LoRA, LoRADelta
 from .merging import MergeReport, merge, unmerge
+from .mora import MoRA, MoRADelta
 from .per_module import PerModule
 from .selective import BitFit, Frozen, Full, NormTuning, Probe, Selective
 from .starts import OLoRA, PiSSA
@@ -35,14 +39,22 @@ __all__ = [
     "BitFit",
     "Delta",
     "DeltaTuning",
+    "DoRA",
+    "DoRADelta",
     "FLoRA",
     "FLoRADelta",
     "Frozen",
     "Full",
+    "LoHa",
+    "LoHaDelta",
+    "LoKr",
+    "LoKrDelta",
     "LoRA",
     "LoRADelta",
     "LoftQ",
     "MergeReport",
+    "MoRA",
+    "MoRADelta",
     "NormTuning",
     "OLoRA",
     "Parts",

@@ -65,7 +65,7 @@ def save(
         folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` go.
         name: The adapter.
         metadata: Plain values to be kept in the configuration, such as class names.
-        format: "litflora", or "peft" for LoRA that PEFT can load.
+        format: "litflora", or "peft" for LoRA or DoRA that PEFT can load.
         overwrite: Replace an adapter that is there already.
 
     Returns:
@@ -119,7 +119,7 @@ def load(
 ) -> dict[str, Any]:
     """Reads an adapter into a model: injects its deltas and puts trained parameters in place.
 
-    Reads folders written by `save`, PEFT's LoRA folders, and LyCORIS LoCon ``.safetensors``.
+    Reads folders written by `save`, PEFT's of LoRA and DoRA, and LyCORIS LoCon ``.safetensors``.
 
     Args:
         model: The base that the adapter was trained on.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .delta import Delta, Path, WeightInfo
 from .errors import AdapterError
 from .tucker import Factors, expand
-from .tuning import DeltaTuning, check_finite, check_rank
+from .tuning import DeltaTuning, check_finite, check_rank, one_rank
 
 ConvForm = Literal["peft", "loralib", "article"]
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -239,7 +239,7 @@ class LoRA(DeltaTuning):
 
     def build(self, info: WeightInfo, overrides: dict[str, Any]) -> LoRADelta:
         """Makes the delta of one weight."""
-        (asked,) = self.asked_ranks(info, overrides.get("rank_pattern", self.rank))
+        asked = one_rank(type(self).__name__, info, overrides.get("rank_pattern", self.rank))
         alpha = overrides.get("alpha_pattern", self.alpha)
         divide_by: Callable[[float], float] = math.sqrt if self.rank_stabilized else float
         cls = self.delta_class(info)
@@ -257,14 +257,8 @@ class LoRA(DeltaTuning):
         return delta
 
     def delta_class(self, info: WeightInfo) -> type[LoRADelta]:
-        """Which delta a weight gets."""
+        """The class of a weight's delta, by the weight's kind and ``conv``."""
         return delta_class(info, self.conv)
-
-    def asked_ranks(self, info: WeightInfo, rank: int | list[int]) -> list[int]:
-        """The rank asked for, before clamping."""
-        if isinstance(rank, (list, tuple)):
-            raise AdapterError(f"LoRA has one rank a layer: rank_pattern gives {info.name} {rank}")
-        return [rank]
 
 
 def _largest_rank(cls: type[LoRADelta], info: WeightInfo) -> int:

@@ -138,6 +138,8 @@ class MapCall:
     def _merged(self, tensors: tuple[Tensor | None, ...], total: Total, step: Step) -> Tensor:
         make = _Swapped(total.terms) if self.swapped else total
         factors = total.tensors()
+        if torch.compiler.is_compiling():  # which takes no tensor twice, such as the weight of DoRA
+            factors = tuple(factor.view_as(factor) for factor in factors)
         # dW is an input so that autograd carries its gradient on to the factors; the factors are
         # inputs so that dW can be built again, and factors that were changed be noticed.
         y: Tensor = Merged.apply(*tensors, make(*factors), make, step, *factors)

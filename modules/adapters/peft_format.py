@@ -1,8 +1,9 @@
-"""PEFT's folder format for LoRA, read and written.
+"""PEFT's folder format for LoRA and DoRA, read and written.
 
 Keys are ``base_model.model.<layer>.lora_A.weight``; an embedding's are ``lora_embedding_A`` and
 ``lora_embedding_B``. A is ``[r, in, ...]`` and B ``[out, r]``, or ``[out, r, 1, 1]`` on a
-convolution, which are the shapes of `LoRADelta` but for those ones.
+convolution, which are the shapes of `LoRADelta` but for those ones. DoRA adds
+``lora_magnitude_vector``: ``[out]``, or ``[1, out, 1, 1]`` on a convolution.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .delta import Delta, WeightInfo
+from .dora import DoRADelta
 from .errors import AdapterError
 from .files import Stored
 from .lora import LoRADelta
@@ -26,14 +28,16 @@ from .targets import Candidate, candidates
 PREFIX = "base_model.model."
 # Deltas that are one product of two matrices beside the base as it is.
 _PLAIN = (LoRADelta, PiSSADelta, OLoRADelta)
-_KEY = re.compile(r"(?P<layer>.*?)\.?lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
+_KEY = re.compile(
+    r"(?P<layer>.*?)\.?lora_(embedding_)?(?P<factor>A|B|magnitude_vector)(\.weight)?$"
+)
 
 
 def from_peft(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module) -> Stored:
-    """Understands a PEFT LoRA folder.
+    """Understands a PEFT LoRA or DoRA folder. The dropout of DoRA is not taken over.
 
     Raises:
-        AdapterError: It is no plain LoRA, or it names a layer that the model has not.
+        AdapterError: It is neither of the two, or it names a layer that the model has not.
     """
     _refuse_variants(config)
     by_layer = _by_layer(model)
@@ -48,24 +52,33 @@ def from_peft(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Modu
         else:
             trained[name.replace(".modules_to_save", "")] = tensor
     stored = Stored({}, trained, config)
-    for layer, pair in factors.items():
-        if set(pair) != {"lora_A", "lora_B"}:
-            raise AdapterError(f"{layer}: the PEFT file has only {', '.join(pair)}")
+    dora = bool(config.get("use_dora"))
+    expected = ["lora_A", "lora_B", *["lora_magnitude_vector"] * dora]
+    for layer, found in factors.items():
+        if set(found) != set(expected):
+            raise AdapterError(
+                f"{layer}: the PEFT file has {', '.join(found)}, and not {', '.join(expected)}"
+            )
         if layer not in by_layer:
             raise AdapterError(f"the PEFT adapter changes {layer}, which this model does not have")
-        lora_A, lora_B = pair["lora_A"], pair["lora_B"].flatten(1)
-        rank = lora_A.shape[0]
+        own = {"lora_A": found["lora_A"], "lora_B": found["lora_B"].flatten(1)}
+        rank = own["lora_A"].shape[0]
         scale = _scale(config, layer, rank)
-        dropout = float(config.get("lora_dropout") or 0.0)
-        stored.deltas[by_layer[layer].info.name] = (
-            _lora_builder(rank, scale, dropout),
-            {"lora_A": lora_A, "lora_B": lora_B},
-        )
+        if dora:
+            own["magnitude"] = found["lora_magnitude_vector"].flatten()
+            build = _dora_builder(rank, scale)
+        else:
+            build = _lora_builder(rank, scale, float(config.get("lora_dropout") or 0.0))
+        stored.deltas[by_layer[layer].info.name] = (build, own)
     return stored
 
 
 def _lora_builder(rank: int, scale: float, dropout: float) -> Callable[[WeightInfo], Delta]:
     return lambda info: LoRADelta(info, rank, scale, dropout=dropout if info.has_side else 0.0)
+
+
+def _dora_builder(rank: int, scale: float) -> Callable[[WeightInfo], Delta]:
+    return lambda info: DoRADelta(info, rank, scale)
 
 
 def to_peft(
@@ -74,27 +87,33 @@ def to_peft(
     """Tensors and configuration in PEFT's format.
 
     Raises:
-        AdapterError: A delta is not one that PEFT's LoRA can hold.
+        AdapterError: A delta is not one that PEFT's LoRA can hold, or some are DoRA's alone.
     """
+    dora = any(type(delta) is DoRADelta for delta in deltas.values())
+    wanted = (DoRADelta,) if dora else _PLAIN
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in trained.items()}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for weight, delta in deltas.items():
         layer, _, param = weight.rpartition(".")
         info = delta.info
-        plain = type(delta) in _PLAIN and param == "weight" and info.groups == 1
-        if not (isinstance(delta, LoRADelta) and plain):
+        exact = type(delta) in wanted and param == "weight" and info.groups == 1
+        if not (isinstance(delta, LoRADelta) and exact):
             raise AdapterError(
-                f"{weight}: PEFT's LoRA format cannot hold this delta ({type(delta).__name__}); "
-                "save it in litflora's own format"
+                f"{weight}: PEFT's {'DoRA' if dora else 'LoRA'} format cannot hold this delta "
+                f"({type(delta).__name__}); save it in litflora's own format"
             )
         infix, suffix = ("embedding_", "") if info.kind == "embedding" else ("", ".weight")
-        lora_A, lora_B = delta.pair(*map(whole, delta.tensors()))
+        start = delta.buffers()  # of PiSSA and OLoRA; others have none
+        lora_A, lora_B = delta.pair(*map(whole, (delta.lora_A, delta.lora_B, *start)))
         ones = [1] * (len(info.shape) - 2)
         tensors[f"{PREFIX}{layer}.lora_{infix}A{suffix}"] = lora_A
         tensors[f"{PREFIX}{layer}.lora_{infix}B{suffix}"] = lora_B.reshape(*lora_B.shape, *ones)
+        if isinstance(delta, DoRADelta):
+            shape = [1, -1, *ones] if ones else [-1]
+            tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = whole(delta.magnitude).view(shape)
         ranks[layer], alphas[layer] = len(lora_A), delta.scale * len(lora_A)
-    return tensors, _config(deltas, trained, ranks, alphas)
+    return tensors, {**_config(deltas, trained, ranks, alphas), "use_dora": dora}
 
 
 def _config(
@@ -122,7 +141,6 @@ def _config(
         ),
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
     }
 
 
@@ -151,14 +169,13 @@ def _refuse_variants(config: dict[str, Any]) -> None:
     if config["peft_type"] != "LORA":
         raise AdapterError(f"a PEFT folder of type {config['peft_type']}: only LORA can be read")
     for flag in (
-        "use_dora",
         "lora_bias",
         "alora_invocation_tokens",
         "megatron_config",
         "layer_replication",
     ):
         if config.get(flag):
-            raise AdapterError(f"the PEFT folder sets {flag}: only plain LoRA can be read")
+            raise AdapterError(f"the PEFT folder sets {flag}: only plain LoRA and DoRA can be read")
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise AdapterError(

@@ -117,3 +117,10 @@ def check_rank(rank: object, name: str = "rank") -> None:
     """Raises unless ``rank`` is a whole number of at least 1."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"{name} must be a whole number of at least 1, not {rank!r}")
+
+
+def one_rank(method: str, info: WeightInfo, rank: int | list[int]) -> int:
+    """The rank of a weight, for a method that has no more than one; raises if given several."""
+    if isinstance(rank, (list, tuple)):
+        raise AdapterError(f"{method} has one rank a layer: rank_pattern gives {info.name} {rank}")
+    return rank

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from litflora.adapters import FLoRA, LoRA, OLoRA, PiSSA, Tuning, inject
+from litflora.adapters import (
+    DoRA,
+    FLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MoRA,
+    OLoRA,
+    PiSSA,
+    Tuning,
+    inject,
+)
 
 PATHS = ("side", "rebuilt", "merged", "auto")
 
@@ -278,11 +289,18 @@ METHODS: dict[str, Callable[..., Tuning]] = {
     "lora_article": partial(LoRA, rank=2, alpha=2.0, conv="article", rank_stabilized=True),
     "pissa": partial(PiSSA, rank=2, alpha=3.0),
     "olora": partial(OLoRA, rank=2, alpha=3.0),
+    "dora": partial(DoRA, rank=2, alpha=3.0),
+    "mora": partial(MoRA, rank=1, kind="sharing"),
+    "mora_rope": partial(MoRA, rank=1, kind="rope"),
+    "loha": partial(LoHa, rank=2, alpha=3.0),
+    "lokr": partial(LoKr, rank=1, alpha=1.5, decompose_both=True),
 }
 
 
 SQUARE = ("lora_loralib", "lora_article")  # defined for square kernels; they have no low-rank chain
 STARTED = ("pissa", "olora")  # defined for one matrix, not for a stack
+# dW is made as one matrix; what the layer is beyond its shape is the base operation's affair.
+MATRICES = ("mora", "mora_rope", "loha", "lokr")
 
 
 def paths_of(case: Case, method: str) -> tuple[str, ...]:
@@ -291,23 +309,32 @@ def paths_of(case: Case, method: str) -> tuple[str, ...]:
         return ("merged", "auto") if case.square else ()
     if method in STARTED and case.stack:
         return ()
+    if method in ("dora", *MATRICES):  # no low-rank chain, and not defined for stacks of matrices
+        paths = ("merged", "auto") if method == "dora" else ("auto",)  # the same, without a chain
+        return () if case.stack else paths
     return PATHS if case.known else ("merged", "auto")
 
 
 def table(ids: Iterable[str] = (), methods: Iterable[str] = ("flora",), path: bool = True) -> Any:
     """Parametrises a test by layer x method x path, of those that exist.
 
-    All layers where no ids are given; a test without `path` runs each method once.
+    All layers where no ids are given, and for `MATRICES` one of each family; a test without `path`
+    runs each method once.
     """
     rows = [
         pytest.param(
             case, method, kind, id="-".join(filter(None, (case.id, method, path and kind)))
         )
-        for case in ([BY_ID[name] for name in ids] or CASES)
         for method in methods
+        for case in _cases(ids, method)
         for kind in (paths_of(case, method) if path else paths_of(case, method)[-1:])
     ]
     return pytest.mark.parametrize(("case", "method", "path"), rows)
+
+
+def _cases(ids: Iterable[str], method: str) -> list[Case]:
+    every = FAMILIES if method in MATRICES else tuple(BY_ID)
+    return [BY_ID[name] for name in ids or every]
 
 
 def adapt(

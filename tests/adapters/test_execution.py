@@ -258,6 +258,10 @@ def test_dropout(case: Case, method: str, path: str) -> None:
         ("raw-3d-experts", "flora"),
         ("conv2d-groups", "lora_loralib"),
         ("conv2d", "lora_article"),
+        ("linear", "dora"),
+        ("conv2d", "mora"),
+        ("embedding", "loha"),
+        ("linear", "lokr"),
     ],
 )
 def test_what_needs_a_side_path_is_refused_where_there_is_none(

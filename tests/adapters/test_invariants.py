@@ -21,6 +21,7 @@ from .cases import (
     CASES,
     DTYPES,
     FAMILIES,
+    MATRICES,
     METHODS,
     PATHS,
     Case,
@@ -110,7 +111,7 @@ def test_float32_is_within_rounding_of_float64(case: Case, method: str, path: st
     assert_close(model(*inputs).detach(), expected, 1e-5, "merged")
 
 
-@table(FAMILIES, BOTH)
+@table(FAMILIES, BOTH)  # not DoRA: its norm is a constant in backward by definition
 def test_gradcheck(case: Case, method: str, path: str) -> None:
     model, _ = adapt(case, method, path)
     inputs, leaves = differentiable(case.inputs(batch=1))
@@ -230,7 +231,7 @@ def test_auto_is_right_on_both_sides_of_its_crossover(method: str, rows: int) ->
     _explicit(case, method, "auto")
 
 
-@table(FAMILIES, BOTH, path=False)
+@table(FAMILIES, [*BOTH, "dora", *MATRICES], path=False)
 def test_only_deltas_learn_and_all_of_them_do(case: Case, method: str, path: str) -> None:
     model, base = adapt(case, method, random=False)
     inputs = case.inputs()

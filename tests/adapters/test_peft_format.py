@@ -146,13 +146,13 @@ def test_what_peft_cannot_hold_is_not_written(tuning: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_dora": True}, {"bias": "all"}, {"lora_bias": True}],
+    [{"bias": "all"}, {"lora_bias": True}],
     ids=lambda options: next(iter(options)),
 )
 def test_what_we_cannot_read_of_peft_is_refused_by_name(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Reading DoRA as LoRA would give a model that is wrong without a word."""
+    """Reading it as plain LoRA would give a model that is wrong without a word."""
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(
         vision(), peft.LoraConfig(r=2, target_modules=["mlp.0"], **options)

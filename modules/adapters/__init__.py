@@ -6,6 +6,8 @@ report = inject(model, FLoRA(rank=8), train=["head"])
 print(report)
 """
 
+from .adalora import AdaLoRA, AdaLoRADelta, orthogonality
+from .budget import BudgetSchedule, RankAllocator
 from .calibration import Timing, calibrate
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
@@ -29,8 +31,11 @@ from .summary import Summary, summary
 from .tuning import DeltaTuning, Parts, Tuning
 
 __all__ = [
+    "AdaLoRA",
+    "AdaLoRADelta",
     "AdapterError",
     "BitFit",
+    "BudgetSchedule",
     "Delta",
     "DeltaTuning",
     "FLoRA",
@@ -44,6 +49,7 @@ __all__ = [
     "Parts",
     "PerModule",
     "Probe",
+    "RankAllocator",
     "Selective",
     "Summary",
     "Timing",
@@ -58,6 +64,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "orthogonality",
     "read_config",
     "route",
     "save",

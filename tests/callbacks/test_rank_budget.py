@@ -1,5 +1,7 @@
 """RankBudget: the budget is met, by whatever road the steps come, and the folder is smaller."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -121,12 +123,12 @@ def test_accumulated_batches_are_one_step(base, tmp_path, monkeypatch):
         "allocate",
         lambda self, budget: (allocations.append(budget), allocate(self, budget)),
     )
-    _, budget, watch = fit(base, tmp_path, accumulate_grad_batches=3, max_epochs=10)
-    assert steps == [1.0] * 6  # of ten steps the first six, before the last allocation
-    assert len(allocations) == 3  # after steps 4, 6, and 7
+    _, budget, watch = fit(base, tmp_path, accumulate_grad_batches=3, max_epochs=5)
+    assert steps == [1.0] * 3  # of five steps those before the last allocation
+    assert len(allocations) == 2  # after steps 2 and 4
     assert allocations[-1] == round(0.4 * budget.allocator.size)
-    assert len(watch.slices) == 30
-    assert watch.slices[10] > watch.slices[11] > watch.slices[20] == watch.slices[29]
+    assert len(watch.slices) == 15
+    assert watch.slices[4] > watch.slices[5] == watch.slices[10] > watch.slices[11]
 
 
 def test_in_the_last_part_masked_slices_neither_move_nor_pull(whole):
@@ -165,12 +167,11 @@ def test_orthogonality_is_as_if_the_loss_had_it(base, tmp_path, monkeypatch):
         torch.testing.assert_close(value, trained(told)[name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_scaler_changes_no_score(base, tmp_path, fused):
+def test_a_scaler_changes_no_score(base, tmp_path):
     averages = []
-    for scale in (1.0, 2.0**10):
+    for fused, scale in ((False, 1.0), (False, 2.0**10), (True, 2.0**10)):
         torch.manual_seed(0)
-        own = {"optimizer": lambda groups: torch.optim.AdamW(groups, 1e-3, fused=fused)}
+        own = {"optimizer": partial(torch.optim.AdamW, lr=1e-3, fused=fused)}
         made = module(base, tuning=TUNINGS["AdaLoRA"], lr_scheduler=None, **own)
         budget = RankBudget(target=0.4, warmup=0.5, final=0.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -180,7 +181,8 @@ def test_a_scaler_changes_no_score(base, tmp_path, fused):
         averages.append(budget.allocator.state_dict()["sensitivity"])
     assert any(value.any() for value in averages[0].values())
     for name, value in averages[0].items():
-        torch.testing.assert_close(averages[1][name], value, atol=1e-6, rtol=0.02)
+        for other in averages[1:]:
+            torch.testing.assert_close(other[name], value, atol=1e-6, rtol=0.02)
 
 
 class Spoil(Callback):
@@ -198,7 +200,7 @@ def test_a_step_that_is_skipped_is_not_scored(base, tmp_path, first):
     torch.manual_seed(0)
     made, budget = module(base, tuning=TUNINGS["AdaLoRA"]), RankBudget(**SHORT)
     callbacks = [Spoil(), *([guard, budget] if first else [budget, guard])]
-    run = trainer(tmp_path, callbacks=callbacks, max_epochs=4, limit_val_batches=0)
+    run = trainer(tmp_path, callbacks=callbacks, max_epochs=2, limit_val_batches=0)
     run.fit(made, Colours(root=str(tmp_path)))
     assert guard.skipped == 1
     state = budget.allocator.state_dict()
@@ -219,7 +221,7 @@ def test_a_training_that_ends_early_says_that_the_budget_is_not_met(base, tmp_pa
 def test_the_best_weights_may_be_of_before(base, tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val/loss")
     with pytest.warns(UserWarning, match="best weights by val/loss may be of before"):
-        fit(base, tmp_path, best, enable_checkpointing=True, limit_val_batches=1)
+        fit(base, tmp_path, best, enable_checkpointing=True, max_epochs=1, limit_val_batches=1)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,7 @@ def test_a_run_without_end_is_refused(base, tmp_path):
 
 
 def test_a_whole_target_is_the_mean_rank(base, tmp_path):
-    _, budget, _ = fit(base, tmp_path, tuning="AdaLoRA", budget=RankBudget(target=2, final=0.1))
+    own = RankBudget(target=2, final=0)
+    _, budget, _ = fit(base, tmp_path, tuning="AdaLoRA", budget=own, max_epochs=1)
     kept = sum(int(kept.sum()) for kept in budget.allocator.kept)
     assert kept == 2 * budget.allocator.modes == 2 * len(budget.allocator.kept)

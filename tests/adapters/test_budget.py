@@ -193,6 +193,10 @@ def test_scores_of_flora_are_means_over_core_slice_and_column() -> None:
             sensitivity[name] = 0.8 * sensitivity[name] + 0.2 * now
             off = (now - sensitivity[name]).abs()
             uncertainty[name] = 0.6 * uncertainty[name] + 0.4 * off
+    state = allocator.state_dict()
+    for key, expected_averages in (("sensitivity", sensitivity), ("uncertainty", uncertainty)):
+        for name, value in expected_averages.items():
+            assert_close(state[key][f"0.adapters.default.weight.{name}"], value, 1e-5, key)
     score = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
     expected = []
     for n in range(4):

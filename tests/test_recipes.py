@@ -83,12 +83,14 @@ def test_recipe_fits_the_signatures(name):
 
 def assert_holds(parsed, said):
     """What the recipe says is in the parsed config, interpolations aside."""
-    for key, value in said.items():
-        held = parsed[key.removesuffix("+")]  # which adds to a list
-        if isinstance(value, dict):
-            assert_holds(held, value)
-        elif "${" not in str(value):
-            assert held == value, key
+    if isinstance(said, dict):
+        for key, value in said.items():
+            assert_holds(parsed[key.removesuffix("+")], value)  # which adds to a list
+    elif isinstance(said, list):
+        for own, each in zip(parsed, said, strict=True):
+            assert_holds(own, each)
+    elif "${" not in str(said):
+        assert parsed == said
 
 
 @pytest.mark.parametrize("name", ["quickstart", *(f"{task}shapes" for task in TASKS)])

@@ -6,6 +6,8 @@ report = inject(model, FLoRA(rank=8), train=["head"])
 print(report)
 """
 
+from .adalora import AdaLoRA, AdaLoRADelta, orthogonality
+from .budget import BudgetSchedule, RankAllocator
 from .calibration import Timing, calibrate
 from .delta import Delta, WeightInfo
 from .dora import DoRA, DoRADelta
@@ -35,8 +37,11 @@ from .summary import Summary, summary
 from .tuning import DeltaTuning, Parts, Tuning
 
 __all__ = [
+    "AdaLoRA",
+    "AdaLoRADelta",
     "AdapterError",
     "BitFit",
+    "BudgetSchedule",
     "Delta",
     "DeltaTuning",
     "DoRA",
@@ -61,6 +66,7 @@ __all__ = [
     "PerModule",
     "PiSSA",
     "Probe",
+    "RankAllocator",
     "Selective",
     "Summary",
     "Timing",
@@ -75,6 +81,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "orthogonality",
     "read_config",
     "route",
     "save",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -57,6 +58,22 @@ class WeightInfo:
         return tuple(range(2, len(self.shape))) if self.kind in ("conv", "depthwise") else ()
 
 
+@dataclass(frozen=True)
+class RankMode:
+    """A rank of a delta that can be made smaller, slice by slice (see `budget`).
+
+    Attributes:
+        place: Which of the delta's ranks it is.
+        tensors: Name and dimension of each parameter that the slices run through. A slice of which
+            the first is zero adds nothing to dW.
+        least: How many slices have to stay.
+    """
+
+    place: int
+    tensors: tuple[tuple[str, int], ...]
+    least: int
+
+
 class Delta(nn.Module):
     """Base class of every delta.
 
@@ -72,6 +89,7 @@ class Delta(nn.Module):
         clamped: Whether a larger rank was asked for than the weight has.
         recompute: Whether an input that a norm or an activation made is made again in backward.
         base: Where it finds its weight; None until it is bound to one.
+        budgeted: Whether a rank budget rules it: files then leave out what is zero of it.
     """
 
     registry: ClassVar[dict[str, type[Delta]]] = {}
@@ -98,6 +116,7 @@ class Delta(nn.Module):
         self.clamped = False
         self.recompute = True
         self.base: Base | None = None
+        self.budgeted = False
 
     def factory(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of this delta's dtype and device."""
@@ -153,6 +172,19 @@ class Delta(nn.Module):
     def ranks(self) -> tuple[int, ...]:
         """The rank of each mode; the mode's own size where it carries no factor."""
         raise NotImplementedError
+
+    def rank_modes(self) -> list[RankMode]:
+        """The ranks that can be made smaller; most methods have none."""
+        return []
+
+    def with_ranks(self, ranks: Sequence[int]) -> Delta:
+        """The same delta of other ranks, on the meta device."""
+        raise NotImplementedError
+
+    def _like(self, **settings: Any) -> Delta:
+        """The same delta with other settings, without memory."""
+        info = replace(self.info, device=torch.device("meta"))
+        return type(self)(info, **{**self.settings(), **settings})
 
     def frozen(self) -> set[str]:
         """Names of the delta's parameters that never train."""

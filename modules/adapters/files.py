@@ -24,6 +24,7 @@ from .inject import adapter_names, attach, check_name
 from .layers import Origin, adapted_layers, origin_of
 from .planning import Planned, resolve_modules
 from .sharded import gathered, is_sharded, writes
+from .smaller import without_zeros
 from .split import SplitDelta, part_info
 from .targets import candidates, refuse_lazy, refuse_unusable
 
@@ -381,7 +382,8 @@ def _deltas(model: nn.Module, name: str) -> dict[str, Delta]:
     }
     if not found and adapter_names(model):
         raise AdapterError(f"no adapter {name!r}: the model has {', '.join(adapter_names(model))}")
-    return found
+    kept = {weight: without_zeros(delta) for weight, delta in found.items()}
+    return {weight: delta for weight, delta in kept.items() if delta is not None}
 
 
 def _trained(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -8,14 +8,14 @@ convolutions). Grouped and depthwise kernels are decomposed as they are stored,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, Path, WeightInfo
+from .delta import Delta, Path, RankMode, WeightInfo
 from .errors import AdapterError
 from .tucker import Factors, expand
 from .tuning import DeltaTuning, check_finite, check_rank
@@ -87,6 +87,16 @@ class FLoRADelta(Delta):
     def ranks(self) -> tuple[int, ...]:
         """The core's shape."""
         return tuple(self.core.shape)
+
+    def rank_modes(self) -> list[RankMode]:
+        """One for each mode with a factor: slices of the core, each with a column of the factor."""
+        return [
+            RankMode(int(n), (("core", int(n)), (f"factors.{n}", 1)), least=1) for n in self.factors
+        ]
+
+    def with_ranks(self, ranks: Sequence[int]) -> Delta:
+        """The same delta with a core of another shape."""
+        return self._like(ranks=list(ranks))
 
     def settings(self) -> dict[str, Any]:
         """Adds the ranks, the start and the frozen modes."""

@@ -16,6 +16,7 @@ from .nonfinite import NonFinite
 from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
+from .rank_budget import RankBudget
 
 __all__ = [
     "EMA",
@@ -34,5 +35,6 @@ __all__ = [
     "NonFinite",
     "Opening",
     "PredictionWriter",
+    "RankBudget",
     "RateProgressBar",
 ]

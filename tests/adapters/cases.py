@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from litflora.adapters import (
+    AdaLoRA,
     DoRA,
     FLoRA,
     LoHa,
@@ -285,6 +286,7 @@ METHODS: dict[str, Callable[..., Tuning]] = {
     "flora": partial(FLoRA, rank=3, spatial_rank=2, scale=0.7),
     "flora_paper": partial(FLoRA, rank=4, spatial_rank=1, scale=1.3, init="paper"),
     "lora": partial(LoRA, rank=2, alpha=3.0),
+    "adalora": partial(AdaLoRA, rank=3, alpha=4.0),
     "lora_loralib": partial(LoRA, rank=2, alpha=2.0, conv="loralib"),
     "lora_article": partial(LoRA, rank=2, alpha=2.0, conv="article", rank_stabilized=True),
     "pissa": partial(PiSSA, rank=2, alpha=3.0),

@@ -176,11 +176,20 @@ def test_bad_numbers_in_one_process_leave_the_step_out_in_all(strategy: str, two
         assert any(not torch.equal(third[name], value) for name, value in second.items())
 
 
+@pytest.mark.parametrize("tuning", ["AdaLoRA", "FLoRA"])
+def test_all_processes_keep_the_same_of_a_budget(tuning: str, two: Any) -> None:
+    (kept, end), (other, end_of_other) = (rank["budgeted"][tuning] for rank in two)
+    assert torch.equal(kept, other)
+    assert kept.sum() == round(0.4 * len(kept))
+    assert_same(end, end_of_other)
+
+
 def test_what_is_refused_of_a_sharded_model(two: Any) -> None:
     for rank in two:
         said = rank["mistakes"]
         assert "log_scale trains and is not sharded" in said["unsharded"]
         assert "take trainer.strategy ddp" in said["EMA"]
+        assert "take trainer.strategy ddp" in said["RankBudget"]
         assert "the model is sharded" in said["merge"]
         assert "take litflora.strategies.FSDP2" in said["Lightning's"]
         assert "take litflora.strategies.FSDP2" in said["windows"]

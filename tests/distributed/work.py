@@ -14,8 +14,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from litflora.adapters import FLoRA, Full, LoRA, Probe, Tuning, merge, save
-from litflora.callbacks import EMA, AdapterFolder, NonFinite
+from litflora.adapters import AdaLoRA, FLoRA, Full, LoRA, Probe, Tuning, merge, save
+from litflora.callbacks import EMA, AdapterFolder, NonFinite, RankBudget
 from litflora.classification import ClassificationModule
 from litflora.segmentation import SegmentationModule
 from litflora.windows import SlidingWindow
@@ -26,6 +26,7 @@ from .memory import sharded_memory
 TUNINGS: dict[str, Tuning] = {
     "LoRA": LoRA(rank=4),
     "FLoRA": FLoRA(rank=4),
+    "AdaLoRA": AdaLoRA(rank=4),
     "Full": Full(),
     "Probe": Probe(),
 }
@@ -54,6 +55,7 @@ def everything(base: Path, folder: Path) -> dict[str, Found]:
         windows,
         fsdp1,
         poisoned,
+        budgeted,
         mistakes,
         cells,
     )
@@ -248,6 +250,18 @@ def poisoned(base: Path, folder: Path) -> Found:
     return found
 
 
+def budgeted(base: Path, folder: Path) -> Found:
+    """What each process keeps of a budget, and its weights in the end."""
+    found = {}
+    for tuning in ("AdaLoRA", "FLoRA"):
+        made, budget = module("test_vit", tuning, base), RankBudget(0.4, interval=1)
+        data = runs.shapes(2, steps=6)
+        left, _ = runs.fit(made, "ddp", folder, data, callbacks=[budget])
+        assert budget.allocator is not None
+        found[tuning] = torch.cat(budget.allocator.kept), left.end
+    return found
+
+
 class Poison(Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -276,6 +290,7 @@ def mistakes(base: Path, folder: Path) -> Found:
     return {
         "unsharded": _refused(_Weighed("convnext_shapes", 10, weights="embedded"), folder),
         "EMA": _refused(module("test_vit", "LoRA", base), folder, callbacks=[EMA()]),
+        "RankBudget": _refused(module("test_vit", "FLoRA", base), folder, callbacks=[RankBudget()]),
         "merge": _refused(module("test_vit", "LoRA", base), folder, callbacks=[_Merging()]),
         "Lightning's": _refused(module("test_vit", "LoRA", base), folder, "lightning"),
         "windows": _refused(SegmentationModule(**SEGMENTS), folder, "fsdp1"),

@@ -10,6 +10,7 @@ from .detections import DetectionWriter
 from .ema import EMA
 from .gallery import Gallery
 from .interruption import Interruption
+from .lisa import LISA
 from .lr_finder import LearningRateFinder
 from .masks import MaskWriter
 from .nonfinite import NonFinite
@@ -19,6 +20,7 @@ from .progress import RateProgressBar
 
 __all__ = [
     "EMA",
+    "LISA",
     "AdapterFolder",
     "AnswerWriter",
     "BatchSizeFinder",

@@ -87,6 +87,9 @@ def assert_holds(parsed, said):
         held = parsed[key.removesuffix("+")]  # which adds to a list
         if isinstance(value, dict):
             assert_holds(held, value)
+        elif key == "callbacks+":
+            for one, own in zip(held, value, strict=True):
+                assert_holds(one, own)
         elif "${" not in str(value):
             assert held == value, key
 
@@ -289,7 +292,9 @@ def test_the_promised_recipes_are_there():
     promised |= {f"classification/image_folder_{net}" for net in ("vit_tiny", "convnext_atto")}
     promised |= {"segmentation/shapes", "detection/shapes", "segmentation/camvid_vit_tiny"}
     promised |= {f"detection/pennfudan_{net}" for net in ("vit_tiny", "convnext_atto")}
-    promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
+    promised |= {
+        f"tuning/{m}" for m in ("flora", "lora", "lisa", "full", "probe", "bitfit", "norm")
+    }
     kinds = ("cpu", "gpu", "ddp", "ddp_cpu", "fsdp1", "fsdp2", "fsdp2_cpu", "debug")
     promised |= {f"trainer/{kind}" for kind in kinds}
     promised |= {f"trainer/{kind}_finder" for kind in ("lr", "batch_size")}

@@ -84,9 +84,9 @@ class LISA(Callback):
             warmup: Steps after each draw in which the learning rates rise to the schedule's.
             units: Globs of names of modules that take turns, in place of the blocks.
         """
-        for name, value, least in (("active", active, 1), ("interval", interval, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+        for name, value in (("active", active), ("interval", interval)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if not 0 <= warmup < interval:
             raise ValueError(f"warmup must lie in [0, interval {interval}), not {warmup}")
         if sampling not in SAMPLINGS:
@@ -176,6 +176,10 @@ class LISA(Callback):
             self._unlogged = False
             self._log(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wakes what was frozen if a hook has ended the epoch within a step."""
+        wake(self._units)
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -246,17 +250,12 @@ class LISA(Callback):
 def _check_strategy(strategy: Strategy) -> None:
     """Raises unless parameters may be frozen and freed under a strategy."""
     kind = type(strategy).__name__
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
-        options = strategy._ddp_kwargs  # nothing public tells them
-        if options.get("static_graph"):
-            raise ValueError(f"LISA changes what trains: leave static_graph out of {kind}")
-        if not options.get("find_unused_parameters"):
-            raise ValueError(
-                "LISA leaves parameters without gradients: take trainer.strategy "
-                "ddp_find_unused_parameters_true"
-            )
-    elif not isinstance(strategy, SingleDeviceStrategy):
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    options = strategy._ddp_kwargs if ddp else {}  # nothing public tells them
+    if options.get("static_graph"):
+        raise ValueError(f"LISA changes what trains: leave static_graph out of {kind}")
+    if not (isinstance(strategy, SingleDeviceStrategy) or options.get("find_unused_parameters")):
         raise ValueError(
-            f"LISA cannot freeze blocks under {kind}: take a single device, or trainer.strategy "
-            "ddp_find_unused_parameters_true"
+            f"LISA freezes blocks in turns, and {kind} as it is cannot follow: take a single "
+            "device, or trainer.strategy ddp_find_unused_parameters_true"
         )

@@ -15,13 +15,14 @@ import worlds
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import module, save_base
+from tiny import NAMES, SIZE, module, save_base
 from torch import nn
 
 from litflora import from_adapter
 from litflora.adapters import Full
 from litflora.callbacks import EMA, LISA, AdapterFolder
 from litflora.callbacks._units import find_units
+from litflora.classification import ClassificationModule
 
 from .lisa_runs import BLOCKS, assert_same, fit, units_of, weights, work
 
@@ -91,6 +92,21 @@ def test_893_any_optimizer_by_parameter(base, tmp_path):
     _, watch, _ = fit(base, tmp_path, LISA(2, 2, seed=0), optimizer=sgd)
     for moved, kept, names in zip(watch.moved, watch.kept, watch.batches, strict=True):
         assert units_of(moved) == units_of(kept) == names
+
+
+class Zeroing(ClassificationModule):
+    """Keeps gradients as zeros, by which an optimizer goes on stepping."""
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+def test_a_gradient_of_before_moves_no_block_that_is_frozen(base, tmp_path):
+    options = {"class_names": NAMES, "img_size": SIZE, "tuning": Full(), "lr_scheduler": None}
+    made = Zeroing("test_vit", 3, weights=str(base), **options)
+    _, watch, _ = fit(base, tmp_path, LISA(2, 2, seed=0, reset_state=False), made=made)
+    for moved, names in zip(watch.moved, watch.batches, strict=True):
+        assert units_of(moved) == names
 
 
 def test_checkpointed_blocks_have_the_same_gradients(sampled, base, tmp_path):
@@ -239,6 +255,15 @@ def test_a_failed_step_leaves_no_block_frozen(base, tmp_path):
     made = module(base, tuning=Full())
     with pytest.raises(RuntimeError, match="no more"):
         fit(base, tmp_path, LISA(2, 2), Fail(), made=made)
+    assert all(p.requires_grad for p in made.parameters())
+
+
+def test_an_epoch_that_a_hook_ends_leaves_no_block_frozen(base, tmp_path):
+    class End(Callback):
+        def on_train_batch_start(self, run, made, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+    made, _, _ = fit(base, tmp_path, LISA(2, 2), End())
     assert all(p.requires_grad for p in made.parameters())
 
 

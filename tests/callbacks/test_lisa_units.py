@@ -86,6 +86,21 @@ def test_719_blocks_of_a_composed_network_are_found():
     assert language.startswith("language_model.")
 
 
+def test_adapters_may_lie_outside_of_the_blocks_that_are_named(tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    parts = {"tower_tuning": LoRA(rank=2), "language_tuning": Full()}
+    options = {"weights": None, "language_options": small, "img_size": 32}
+    made = VisionLanguageModule("test_vit", **parts, **options)
+    made.configure_model()
+    run = trainer(tmp_path)
+    run.strategy.optimizers = [torch.optim.SGD(made.parameters())]
+    with pytest.raises(ValueError, match=r"tower\.blocks\.0\.\S* is frozen"):
+        LISA(2).on_fit_start(run, made)
+    lisa = LISA(2, units=["language_model.*.layers.*"])
+    lisa.on_fit_start(run, made)
+    assert len(lisa._units) == 2
+
+
 def test_719_blocks_of_a_checkpoint_are_found_where_they_train(tmp_path):
     folder = save_checkpoint("llava", tmp_path)
     parts = {"tower_tuning": Frozen(), "connector_tuning": Full(), "language_tuning": Full()}
@@ -173,6 +188,11 @@ def test_the_forecast_bounds_what_is_drawn(active, sampling):
         assert mean == pytest.approx(expected, rel=0.1)
 
 
+def test_the_figures_of_the_guide():
+    sizes = [choice_sizes(convnext(), 2, sampling)[1] / 4e6 for sampling in _units.SAMPLINGS]
+    assert [round(size) for size in sizes] == [43, 30, 24]
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
@@ -181,9 +201,9 @@ def test_the_forecast_bounds_what_is_drawn(active, sampling):
     [
         (DDPStrategy, "ddp_find_unused_parameters_true"),  # axolotl #1474
         (lambda: DDPStrategy(find_unused_parameters=True, static_graph=True), "static_graph"),
-        (lambda: DeepSpeedStrategy.__new__(DeepSpeedStrategy), "under DeepSpeedStrategy"),  # 728
-        (lambda: FSDPStrategy.__new__(FSDPStrategy), "under FSDPStrategy"),
-        (FSDP2, "under FSDP2"),
+        (lambda: DeepSpeedStrategy.__new__(DeepSpeedStrategy), "DeepSpeedStrategy as"),  # 728
+        (lambda: FSDPStrategy.__new__(FSDPStrategy), "FSDPStrategy as"),
+        (FSDP2, "FSDP2 as"),
     ],
 )
 def test_728_strategies_that_fix_what_trains_are_refused(tmp_path, strategy, message):

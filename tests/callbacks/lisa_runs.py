@@ -19,7 +19,7 @@ class Watch(Callback):
 
     def __init__(self, lisa):
         self.lisa, self.batches, self.weights = lisa, [], []
-        self.graded, self.kept, self.bytes = [], [], []
+        self.graded, self.kept, self.bytes, self.losses = [], [], [], []
 
     def on_train_start(self, run, made):
         self.weights.append(weights(made))
@@ -29,7 +29,8 @@ class Watch(Callback):
     def on_step(self, run, made):
         self.graded.append({n for n, p in made.named_parameters() if p.grad is not None})
 
-    def on_train_batch_end(self, run, made, *_):
+    def on_train_batch_end(self, run, made, outputs, *_):
+        self.losses.append(float(outputs["loss"]))
         self.batches.append(self.lisa and list(self.lisa.names))
         self.weights.append(weights(made))
         state = run.optimizers[0].state
@@ -86,13 +87,14 @@ def work(base, folder):
     """What a process draws and gets, of a run whose seed is the first process's."""
     lisa = LISA(2, 2)
     watch = Watch(lisa)
-    torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+    torch.manual_seed(0)
     made = module(base, tuning=Full(), lr=1e-3, lr_scheduler=None)
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
     options = {"devices": 2, "strategy": strategy, "limit_val_batches": 0}
     run = trainer(folder, callbacks=[Differ(), lisa, watch], max_epochs=1, **options)
     run.fit(made, Shared(root=str(folder), n=48, batch_size=4))
-    return watch.batches, watch.weights, watch.moved, watch.kept, watch.graded
+    names = ("batches", "weights", "moved", "kept", "graded", "losses")
+    return {name: getattr(watch, name) for name in names}
 
 
 class Differ(Callback):

@@ -94,6 +94,11 @@ def test_893_any_optimizer_by_parameter(base, tmp_path):
         assert units_of(moved) == units_of(kept) == names
 
 
+def settings(base):
+    own = {"backbone": "test_vit", "num_classes": 3, "weights": str(base), "img_size": SIZE}
+    return {**own, "class_names": NAMES, "tuning": Full(), "lr": 1e-3, "lr_scheduler": None}
+
+
 class Zeroing(ClassificationModule):
     """Keeps gradients as zeros, by which an optimizer goes on stepping."""
 
@@ -102,16 +107,14 @@ class Zeroing(ClassificationModule):
 
 
 def test_a_gradient_of_before_moves_no_block_that_is_frozen(base, tmp_path):
-    options = {"class_names": NAMES, "img_size": SIZE, "tuning": Full(), "lr_scheduler": None}
-    made = Zeroing("test_vit", 3, weights=str(base), **options)
-    _, watch, _ = fit(base, tmp_path, LISA(2, 2, seed=0, reset_state=False), made=made)
+    lisa = LISA(2, 2, seed=0, reset_state=False)
+    _, watch, _ = fit(base, tmp_path, lisa, made=Zeroing(**settings(base)))
     for moved, names in zip(watch.moved, watch.batches, strict=True):
         assert units_of(moved) == names
 
 
 def test_checkpointed_blocks_have_the_same_gradients(sampled, base, tmp_path):
-    options = {"tuning": Full(), "lr": 1e-3, "lr_scheduler": None}
-    made = module(base, activation_checkpointing="blocks", **options)
+    made = ClassificationModule(activation_checkpointing="blocks", **settings(base))
     _, watch, _ = fit(base, tmp_path, LISA(2, 2, seed=0), made=made)
     assert_same(watch.weights[8], sampled[1].weights[8])
 
@@ -258,12 +261,17 @@ def test_a_failed_step_leaves_no_block_frozen(base, tmp_path):
     assert all(p.requires_grad for p in made.parameters())
 
 
-def test_an_epoch_that_a_hook_ends_leaves_no_block_frozen(base, tmp_path):
-    class End(Callback):
-        def on_train_batch_start(self, run, made, batch, batch_idx):
-            return -1 if batch_idx == 2 else None
+class Ending(ClassificationModule):
+    """Ends an epoch before its third step, as Lightning lets a module."""
 
-    made, _, _ = fit(base, tmp_path, LISA(2, 2), End())
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        return -1 if batch_idx == 2 else None
+
+
+def test_an_epoch_that_a_hook_ends_leaves_no_block_frozen(base, tmp_path):
+    made, watch, _ = fit(base, tmp_path, LISA(2, 2), made=Ending(**settings(base)))
+    assert len(watch.batches) == 2
     assert all(p.requires_grad for p in made.parameters())
 
 
@@ -294,11 +302,12 @@ def test_899_it_holds_no_network(base, tmp_path):
 
 
 def test_1474_two_processes_draw_and_train_alike(base, tmp_path):
-    (batches, ends, moved, kept, graded), second = worlds.run(work, base, tmp_path)
-    assert batches == second[0]
-    assert len(batches) == 6
-    assert len({tuple(names) for names in batches}) > 1
-    for found, expected in zip(second[1], ends, strict=True):
+    first, second = worlds.run(work, base, tmp_path)
+    assert first["batches"] == second["batches"]
+    assert len({tuple(names) for names in first["batches"]}) == 3
+    assert first["losses"][0] != second["losses"][0]  # each has images of its own
+    for found, expected in zip(first["weights"], second["weights"], strict=True):
         assert_same(found, expected)
-    for names, own_moved, own_kept, own_graded in zip(batches, moved, kept, graded, strict=True):
-        assert units_of(own_moved) == units_of(own_kept) == units_of(own_graded) == names
+    told = (first[name] for name in ("batches", "moved", "kept", "graded"))
+    for names, *each in zip(*told, strict=True):
+        assert [units_of(found) for found in each] == [names] * 3

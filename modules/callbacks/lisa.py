@@ -6,13 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
+from lightning.pytorch import Callback, LightningModule, Trainer, strategies
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ._units import (
@@ -235,8 +229,8 @@ class LISA(Callback):
         blocks = sum(unit.size for unit in self._units)
         mean, most = choice_sizes(self._units, self.active, self.sampling)
 
-        def megabytes(units: float) -> str:
-            trained = whole - blocks + units
+        def megabytes(drawn: float) -> str:
+            trained = whole - blocks + drawn
             kept = trained if self.reset_state else whole
             return f"{(trained + kept * state / max(of, 1)) / 1e6:,.1f} MB"
 
@@ -247,14 +241,16 @@ class LISA(Callback):
         )
 
 
-def _check_strategy(strategy: Strategy) -> None:
+def _check_strategy(strategy: strategies.Strategy) -> None:
     """Raises unless parameters may be frozen and freed under a strategy."""
     kind = type(strategy).__name__
-    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    ddp = isinstance(strategy, strategies.DDPStrategy)
+    ddp = ddp and not isinstance(strategy, strategies.DeepSpeedStrategy)  # which derives from it
     options = strategy._ddp_kwargs if ddp else {}  # nothing public tells them
     if options.get("static_graph"):
         raise ValueError(f"LISA changes what trains: leave static_graph out of {kind}")
-    if not (isinstance(strategy, SingleDeviceStrategy) or options.get("find_unused_parameters")):
+    alone = isinstance(strategy, strategies.SingleDeviceStrategy)
+    if not (alone or options.get("find_unused_parameters")):
         raise ValueError(
             f"LISA freezes blocks in turns, and {kind} as it is cannot follow: take a single "
             "device, or trainer.strategy ddp_find_unused_parameters_true"

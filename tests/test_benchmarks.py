@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import inference
+import lisa
 import llava
 import llava_step
 import memory
@@ -268,6 +269,23 @@ def test_what_precision_and_checkpointing_save():
     weights = {precision: costs[precision, "none"].weights for precision in memory.PRECISIONS}
     assert weights["32-true"] == weights["bf16-mixed"] == 2 * weights["bf16-true"]
     assert weights["bf16-true"] < weights["bf16-mixed, bf16 base"] < 0.65 * weights["32-true"]
+
+
+def test_what_lisa_saves(monkeypatch, tmp_path, capsys):
+    words = ["--models", "test_vit", "--batch", "2", "--size", "64", "--device", "cpu"]
+    monkeypatch.setattr(
+        sys, "argv", ["lisa.py", *words, "--repetitions", "1", "--out", str(tmp_path)]
+    )
+    lisa.main()
+    text = capsys.readouterr().out
+    assert text.endswith((tmp_path / "test_vit_cpu.md").read_text())
+    cells = [
+        row.strip("| ").split(" | ") for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)[2:]
+    ]
+    assert [row[0] for row in cells][:3] == ["full", "LoRA, rank 16", "LISA, 2, uniform"]
+    full, uniform = ([float(cell) for cell in row[1:5]] for row in (cells[0], cells[2]))
+    assert all(few < many for few, many in zip(uniform, full, strict=True))
+    assert uniform[0] == pytest.approx(2 * uniform[1], rel=0.1)  # AdamW's two moments
 
 
 # LLaVA --------------------------------------------------------------------------------------------

@@ -291,7 +291,9 @@ def test_the_promised_recipes_are_there():
     promised |= {f"classification/image_folder_{net}" for net in ("vit_tiny", "convnext_atto")}
     promised |= {"segmentation/shapes", "detection/shapes", "segmentation/camvid_vit_tiny"}
     promised |= {f"detection/pennfudan_{net}" for net in ("vit_tiny", "convnext_atto")}
-    promised |= {f"tuning/{m}" for m in ("flora", "lora", "full", "probe", "bitfit", "norm")}
+    promised |= {
+        f"tuning/{m}" for m in ("flora", "lora", "lisa", "full", "probe", "bitfit", "norm")
+    }
     kinds = ("cpu", "gpu", "ddp", "ddp_cpu", "fsdp1", "fsdp2", "fsdp2_cpu", "debug")
     promised |= {f"trainer/{kind}" for kind in kinds}
     promised |= {f"trainer/{kind}_finder" for kind in ("lr", "batch_size")}

@@ -10,6 +10,7 @@ from .detections import DetectionWriter
 from .ema import EMA
 from .gallery import Gallery
 from .interruption import Interruption
+from .lisa import LISA
 from .lr_finder import LearningRateFinder
 from .masks import MaskWriter
 from .nonfinite import NonFinite
@@ -20,6 +21,7 @@ from .rank_budget import RankBudget
 
 __all__ = [
     "EMA",
+    "LISA",
     "AdapterFolder",
     "AnswerWriter",
     "BatchSizeFinder",

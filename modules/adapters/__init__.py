@@ -25,6 +25,7 @@ from .lora import LoRA, LoRADelta
 from .merging import MergeReport, merge, unmerge
 from .per_module import PerModule
 from .selective import BitFit, Frozen, Full, NormTuning, Probe, Selective
+from .spectra import SpectraReport, Spectrum, spectra, suggested_ranks
 from .summary import Summary, summary
 from .tuning import DeltaTuning, Parts, Tuning
 
@@ -45,6 +46,8 @@ __all__ = [
     "PerModule",
     "Probe",
     "Selective",
+    "SpectraReport",
+    "Spectrum",
     "Summary",
     "Timing",
     "Tuning",
@@ -61,6 +64,8 @@ __all__ = [
     "read_config",
     "route",
     "save",
+    "spectra",
+    "suggested_ranks",
     "summary",
     "trainable_parameters",
     "unload",

@@ -16,6 +16,8 @@ from .nonfinite import NonFinite
 from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
+from .source_monitor import SourceMonitor
+from .spectra import Spectra
 
 __all__ = [
     "EMA",
@@ -35,4 +37,6 @@ __all__ = [
     "Opening",
     "PredictionWriter",
     "RateProgressBar",
+    "SourceMonitor",
+    "Spectra",
 ]

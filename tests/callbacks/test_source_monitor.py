@@ -162,6 +162,7 @@ def test_it_logs_the_start_and_every_so_many_epochs_and_the_last(base, tmp_path)
         assert float(row["source/forgotten"]) == pytest.approx(lost, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_start(base, tmp_path):
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole, again = (SourceMonitor(Tints(), head="knn") for _ in range(2))

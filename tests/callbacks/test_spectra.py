@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from shell import litflora
@@ -80,6 +81,7 @@ def test_where_no_matrix_changed_there_is_no_picture(base, tmp_path):
 def test_the_picture_reaches_loggers_that_take_figures(base, tmp_path, monkeypatch):
     logger, seen = TensorBoardLogger(tmp_path / "logs"), []
     monkeypatch.setattr(logger.experiment, "add_figure", lambda name, *_: seen.append(name))
+    monkeypatch.setattr("litflora.callbacks.spectra.draw", lambda report: Figure())
     fit(tmp_path, base, FLoRA(rank=2), logger=logger)
     assert seen == ["spectra"]
 

@@ -189,6 +189,7 @@ def shapes_run(folder, monitor, **options):
     settings = {"backbone": "convnext_shapes", "weights": "embedded", "head": "linear"}
     made = SegmentationModule(num_classes=data.num_classes, **{**settings, **options})
     run = trainer(folder, callbacks=[monitor], num_sanity_val_steps=0)
+    torch.manual_seed(0)
     run.fit(made, data)
     return made, run
 
@@ -196,13 +197,12 @@ def shapes_run(folder, monitor, **options):
 def test_a_segmentation_forgets_classes_by_the_weights_own_head(tmp_path):
     source = ShapesDataModule(domain="source", test_samples=16, batch_size=8)
     monitor = SourceMonitor(source)
-    made, run = shapes_run(tmp_path, monitor, lr=1.0)
+    made, run = shapes_run(tmp_path, monitor, tuning=Full(), lr=0.1)  # which destroys it
     images, labels, _ = zip(*source.datasets["test"], strict=True)
     net = timm.create_model("convnext_shapes", pretrained=True).eval()
     with torch.no_grad():
         inputs = made.normalize(torch.stack(images))
         assert monitor.before == accuracy(net(inputs), torch.tensor(labels)) > 0.7
-        merge(made.net, unload=True)
         tuned = made.net.pyramid.backbone.state_dict()
         assert not net.load_state_dict(tuned, strict=False).unexpected_keys
         now = accuracy(net(inputs), torch.tensor(labels))

@@ -197,7 +197,7 @@ def shapes_run(folder, monitor, **options):
 def test_a_segmentation_forgets_classes_by_the_weights_own_head(tmp_path):
     source = ShapesDataModule(domain="source", test_samples=16, batch_size=8)
     monitor = SourceMonitor(source)
-    made, run = shapes_run(tmp_path, monitor, tuning=Full(), lr=0.1)  # which destroys it
+    made, run = shapes_run(tmp_path, monitor, tuning=Full(), lr=0.1, lr_scheduler=None)
     images, labels, _ = zip(*source.datasets["test"], strict=True)
     net = timm.create_model("convnext_shapes", pretrained=True).eval()
     with torch.no_grad():

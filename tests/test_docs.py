@@ -19,6 +19,7 @@ PAGES = (
     "docs/scaling.md",
     "docs/segmentation.md",
     "docs/detection.md",
+    "docs/forgetting.md",
     "docs/vision_language.md",
 )
 
@@ -27,7 +28,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/forgetting.md"])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     short = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
@@ -81,6 +82,17 @@ def test_a_data_set_of_ones_own_takes_a_file_and_a_recipe(
     assert fit.code == 0, fit.err
     assert f"2 classes: {classes}" in fit.out
     assert next(tmp_path.glob("runs/**/adapter")).is_dir()
+
+
+def test_the_source_monitor_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = blocks("docs/forgetting.md", "yaml")[0].replace("test_samples: 200", "test_samples: 20")
+    Path("monitor.yaml").write_text(text)
+    small = ("--data.train_samples", "4", "--data.val_samples", "2", "--trainer.max_epochs", "1")
+    recipes = ("--config", "classification/shapes", "--config", "monitor.yaml")
+    fit = litflora("fit", *recipes, *small, "--trainer.accelerator", "cpu")
+    assert fit.code == 0, fit.err
+    assert re.search(r"source   [01]\.\d{4} before tuning, .* forgotten \(original head\)", fit.out)
 
 
 def test_the_example_of_the_engine_in_other_code(tmp_path: Path) -> None:

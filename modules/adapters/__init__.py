@@ -32,6 +32,7 @@ from .merging import MergeReport, merge, unmerge
 from .mora import MoRA, MoRADelta
 from .per_module import PerModule
 from .selective import BitFit, Frozen, Full, NormTuning, Probe, Selective
+from .spectra import SpectraReport, Spectrum, spectra, suggested_ranks
 from .starts import OLoRA, PiSSA
 from .summary import Summary, summary
 from .tuning import DeltaTuning, Parts, Tuning
@@ -68,6 +69,8 @@ __all__ = [
     "Probe",
     "RankAllocator",
     "Selective",
+    "SpectraReport",
+    "Spectrum",
     "Summary",
     "Timing",
     "Tuning",
@@ -85,6 +88,8 @@ __all__ = [
     "read_config",
     "route",
     "save",
+    "spectra",
+    "suggested_ranks",
     "summary",
     "trainable_parameters",
     "unload",

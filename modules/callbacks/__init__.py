@@ -18,6 +18,8 @@ from .opening import Opening
 from .predictions import PredictionWriter
 from .progress import RateProgressBar
 from .rank_budget import RankBudget
+from .source_monitor import SourceMonitor
+from .spectra import Spectra
 
 __all__ = [
     "EMA",
@@ -39,4 +41,6 @@ __all__ = [
     "PredictionWriter",
     "RankBudget",
     "RateProgressBar",
+    "SourceMonitor",
+    "Spectra",
 ]

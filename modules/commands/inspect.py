@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the recipe or folder; what else is said is kept as overrides of the recipe."""
     parser.add_argument("what", metavar="RECIPE_OR_ADAPTER", help="recipe, YAML file or folder")
     parser.add_argument("--weights", help="base weights in place of those named")
+    parser.add_argument(
+        "--spectra", action="store_true", help="also what a saved adapter changed, weight by weight"
+    )
     parser.epilog = (
         "Any option of fit may follow a recipe: --config tuning/lora, for one. "
         "`litflora inspect data RECIPE` draws training samples."
@@ -25,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the table of deltas, the number of parameters and the bytes kept for backward."""
     adapter = Path(args.what).is_dir()
+    if args.spectra and not adapter:
+        raise ValueError("--spectra shows what was trained: give the folder of a saved adapter")
     model, data = _saved(args) if adapter else _composed(args)
 
     from ..adapters import summary
@@ -32,6 +37,10 @@ def run(args: argparse.Namespace) -> None:
     images = composed.blank(model, data)
     print(summary(model.net, model.example(images)))
     print(f"for one batch of {len(images)} images of {composed.pixels(images)} pixels")
+    if args.spectra:
+        from ..callbacks.spectra import measure
+
+        print(measure(model))
     if adapter:
         for file in sorted(Path(args.what).iterdir()):
             print(f"{file.stat().st_size:>12,} bytes  {file}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from .points import Point
@@ -58,4 +59,4 @@ def curves(points: Sequence[Point], series: dict[str, int]) -> str:
     ends = [f"{p.label} {statistics.mean(list(v.values())[-1]):.4g}" for p, v in found]
     told = f"At the end: {', '.join(ends)}."
     body = chart(f"{name} over the steps", told, parts)
-    return f'<figure class="wide">{body}<figcaption>{told}</figcaption></figure>'
+    return f'<figure class="wide">{body}<figcaption>{escape(told)}</figcaption></figure>'

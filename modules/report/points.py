@@ -58,8 +58,8 @@ class Point:
             spread(self.val),
             spread(self.test),
             f"{self.parameters:,}",
-            f"{self.saved_bytes / 2**20:.1f} MiB",
-            f"{self.seconds:.0f}",
+            f"{self.saved_bytes / 2**20:.3g} MiB",
+            f"{self.seconds:.3g}",
         )
 
 

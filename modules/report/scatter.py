@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from .svg import chart, focusable, frame, horizontal, marker, number, vertical
 
@@ -75,4 +76,5 @@ def scatter(
         parts.append(focusable(said, drawn, mark.series))
     told = f"On the front: {', '.join(mark.label for mark in best)}."
     body = chart(f"{y_name} against {x_name}", told, parts)
-    return f"<figure>{body}<figcaption>{y_name} against {x_name}. {told}</figcaption></figure>"
+    caption = escape(f"{y_name} against {x_name}. {told}")
+    return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"

@@ -20,7 +20,7 @@ h1{font-size:1.7rem;line-height:1.25;margin:.2em 0 .4em}
 h2{font-size:1.2rem;margin:2.2em 0 .6em}
 p,dl{max-width:70ch}
 .lead{font-size:1.08rem}
-.soft,figcaption,caption{color:var(--soft);font-size:.9rem}
+.soft,figcaption{color:var(--soft);font-size:.9rem}
 dl.budget{display:flex;flex-wrap:wrap;gap:8px;margin:1em 0;max-width:none}
 dl.budget div{background:var(--fill);border:1px solid var(--line);border-radius:8px;
 padding:4px 12px}
@@ -28,14 +28,16 @@ dl.budget dt{font-size:.8rem;color:var(--soft)}
 dl.budget dd{margin:0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:8px 12px}
+figcaption{margin-top:6px}
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
+tr:first-child>*{border-top:0}
+tbody tr:first-child>*{border-top:1px solid var(--line)}
 th{font-weight:600}
 thead th{background:var(--fill)}
 th:first-child{text-align:left}
 .grid-of{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:20px}
 figure{margin:0;min-width:0}
-figure.wide{max-width:720px}
+figure.wide{max-width:560px}
 svg,img{display:block;width:100%;height:auto}
 img{background:#fff;border:1px solid var(--line);border-radius:8px}
 svg{background:var(--page);border:1px solid var(--line);border-radius:8px;overflow:visible}

@@ -24,10 +24,12 @@ def table(caption: str, head: Sequence[str], body: Iterable[Sequence[str]]) -> s
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
         for first, *rest in body
     )
+    said = escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<p class="soft">{said}.</p>'  # no <caption>: it would scroll with the table
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{said}">'
+        f'<table aria-label="{said}"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
     )
 
 

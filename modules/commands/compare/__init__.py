@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     folder.check(args.out)
     cells = plan.cells(chosen)
+    figures = running.prepare(cells, args.out)
     with run_lock.released():
         folder.take(args.out)
-        running.run_all(cells, args.out)
+        running.run_all(cells, args.out, figures)

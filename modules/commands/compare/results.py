@@ -98,13 +98,9 @@ def write(rows: list[Row], out: Path) -> None:
 
 
 def told(rows: list[Row], out: Path) -> str:
-    """The table, what has failed, and where the page is."""
+    """The table, and where the page is."""
     head, *body = _table(_points(rows))
-    failed = [row for row in rows if row.error]
-    lines = [*text_table(head, body), ""]
-    if failed:
-        lines += [f"failed   {len(failed)} runs, which the same command tries again"]
-    return "\n".join([*lines, f"report   {out / 'report.html'}"])
+    return "\n".join([*text_table(head, body), "", f"report   {out / 'report.html'}"])
 
 
 def _metrics(rows: list[Row]) -> tuple[str, str]:

@@ -56,17 +56,37 @@ class Clock(Callback):
         self.seconds = time.perf_counter() - self._since
 
 
-def run_all(cells: list[Cell], out: Path) -> None:
+def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, int]]:
+    """Builds each model and the data that are still needed, so that mistakes show before a run.
+
+    Returns:
+        The figures of the cells that have something left to do, by label.
+    """
+    undone = [
+        cell for cell in cells if not all(results.read(out, run, FIT) for run in cell.all_runs)
+    ]
+    figures = {cell.label: cell.figures() for cell in undone}
+    if undone:
+        data.check(undone[0].made, any(len(cell.runs) > 1 for cell in cells))
+    return figures
+
+
+def run_all(cells: list[Cell], out: Path, figures: dict[str, dict[str, int]]) -> None:
     """Fits all runs, chooses the rates, tests the chosen, and writes the results.
 
     A run that fails is told and left out. What was done before is not done again.
+
+    Args:
+        cells: The cells of the compare.
+        out: Its folder.
+        figures: Of the cells that have something left to do, by label.
+
+    Raises:
+        ValueError: At the end, if runs have failed.
     """
     runs = [run for cell in cells for run in cell.all_runs]
     done = sum(bool(results.read(out, run, FIT)) for run in runs)
     print(f"compare  {len(runs)} runs, {done} found done in {out}", flush=True)
-    if done < len(runs):
-        data.check(cells[0].made, any(len(cell.runs) > 1 for cell in cells))
-    figures = {cell.label: cell.figures() for cell in cells if _undone(out, cell)}
     failed: dict[str, str] = {}
     try:
         with _progress() as progress:
@@ -77,10 +97,8 @@ def run_all(cells: list[Cell], out: Path) -> None:
         rows = results.rows(cells, out, failed)
         results.write(rows, out)
     print(results.told(rows, out), flush=True)
-
-
-def _undone(out: Path, cell: Cell) -> bool:
-    return any(not results.read(out, run, FIT) for run in cell.all_runs)
+    if failed:
+        raise ValueError(f"{len(failed)} runs have failed: the same command tries them again")
 
 
 class Bar:

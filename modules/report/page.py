@@ -20,6 +20,8 @@ _COSTS = {
     "seconds of training": lambda point: point.seconds,
     "MiB kept for backward": lambda point: point.saved_bytes / 2**20,
 }
+# A browser holds the page to what it promises.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SOURCE = "source/acc"  # what a run logs of the data that its base came from
 
 
@@ -32,6 +34,7 @@ def page(report: Report) -> str:
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="color-scheme" content="light dark">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style>'
         f"</head><body><main>{''.join(sections)}</main></body></html>\n"

@@ -147,13 +147,10 @@ def _cells_of(axes: Axes, tuning: str) -> Iterator[Cell]:
 
 
 def _instead(made: LitFloraCLI) -> list[str]:
-    """The arguments of the model that stand in the place of its tuning."""
+    """The arguments of the model that leave its tuning nothing to do."""
     given = made.config.model.init_args
-    return [
-        key
-        for key, value in vars(given).items()
-        if (key.endswith("_tuning") or key == "adapter") and value is not None
-    ]
+    sets = ("adapter",), ("tower_tuning", "language_tuning")
+    return [k for keys in sets if all(given.get(key) for key in keys) for k in keys]
 
 
 def _own_rate(made: LitFloraCLI, tuning: str) -> float:

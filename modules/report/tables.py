@@ -52,7 +52,10 @@ def results(points: Sequence[Point]) -> str:
 
 
 def sweeps(points: Sequence[Point]) -> str:
-    """The validation metric at each rate, the chosen one marked; nothing if none was to choose."""
+    """The validation metric at each rate, the chosen one marked, and which lie at an end.
+
+    Nothing if none was to choose.
+    """
     if all(len(point.sweep) < 2 for point in points):
         return ""
     rates = sorted({rate for point in points for rate in point.sweep if rate is not None})
@@ -61,7 +64,12 @@ def sweeps(points: Sequence[Point]) -> str:
         values = [_swept(point, rate) for rate in rates]
         body.append([escape(point.label), *values])
     caption = f"Mean {points[0].val_metric} at each rate; the chosen rate is bold"
-    return table(caption, ["", *map(rate_text, rates)], body)
+    ends = [p.label for p in points if len(p.sweep) > 1 and p.rate in (min(p.sweep), max(p.sweep))]
+    told = (
+        '<p class="soft">Chosen at the end of what was tried, so that a rate beyond it may be '
+        f"better: {escape(', '.join(ends))}.</p>"
+    )
+    return table(caption, ["", *map(rate_text, rates)], body) + (told if ends else "")
 
 
 def _swept(point: Point, rate: float) -> str:

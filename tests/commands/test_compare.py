@@ -162,7 +162,7 @@ def test_a_compare_that_was_killed_goes_on_where_it_was(play, tmp_path):
     assert told.code == 0, told.err
     assert "4 runs, 2 found done" in told.out
     assert [*first.calls[:2], *second.calls] == [
-        *(("fit", rate, seed) for rate in (0.001, 0.01) for seed in (3, 4)),
+        *(("fit", rate, seed) for seed in (3, 4) for rate in (0.001, 0.01)),
         *(("test", 0.01, seed) for seed in (3, 4)),
     ]
 
@@ -413,6 +413,16 @@ def test_seeds_are_shown_as_a_spread(tmp_path):
     assert html.count('class="bar"') == 3  # of the three costs
     assert html.count('class="band"') == 1
     assert "At the end: &lt;b&gt; 0.5." in html
+
+
+def test_a_rate_at_the_end_of_what_was_tried_is_told(tmp_path):
+    tried = {0.01: 0.4, 0.1: 0.5, 1.0: math.nan}
+    inner = page(Report("r", [], [point(tmp_path, sweep=tried)], [], 0))
+    assert "<strong>0.5000</strong>" in inner
+    assert "failed" in inner
+    assert "Chosen at the end" not in inner
+    ends = page(Report("r", [], [point(tmp_path, sweep=tried, rate=0.01)], [], 0))
+    assert "may be better: &lt;b&gt;." in ends
 
 
 def test_a_page_before_anything_is_done():

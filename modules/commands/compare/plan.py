@@ -54,11 +54,20 @@ class Run:
     def name(self) -> str:
         """What a person reads, and a hash of all that determines the run."""
         text = json.dumps(self.settings, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return f"{self.short_name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def short_name(self) -> str:
+        """What a person reads."""
         rank = "" if self.rank is None else f"-r{self.rank}"
         rate = "" if self.rate is None else f"-lr{self.rate:g}"
         tuning = re.sub(r"[^\w.]+", "_", self.tuning)
-        return f"{tuning}{rank}{rate}-seed{self.seed}-{digest}"
+        return f"{tuning}{rank}{rate}-seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """Tuning and rank, for people."""
+        return self.tuning if self.rank is None else f"{self.tuning} r={self.rank}"
 
     @property
     def command(self) -> str:
@@ -96,11 +105,6 @@ class Cell:
     def all_runs(self) -> list[Run]:
         """The runs of all rates."""
         return [run for runs in self.runs.values() for run in runs]
-
-    @property
-    def label(self) -> str:
-        """Tuning and rank, for people."""
-        return self.tuning if self.rank is None else f"{self.tuning} r={self.rank}"
 
     def figures(self) -> dict[str, int]:
         """Parameters that train, and bytes kept for the backward of one batch.

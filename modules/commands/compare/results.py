@@ -178,6 +178,6 @@ def _markdown(points: list[Point]) -> Iterable[str]:
 
 
 def _report(rows: list[Row], points: list[Point]) -> Report:
-    errors = [(row.run.name.rpartition("-")[0], row.error) for row in rows if row.error]
+    errors = [(row.run.short_name, row.error) for row in rows if row.error]
     undone = sum(not row.fit and not row.error for row in rows)
     return Report(rows[0].run.recipe, rows[0].run.budget, points, errors, undone)

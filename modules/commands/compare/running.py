@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, int]]:
     undone = [
         cell for cell in cells if not all(results.read(out, run, FIT) for run in cell.all_runs)
     ]
-    figures = {cell.label: cell.figures() for cell in undone}
+    figures = {cell.all_runs[0].label: cell.figures() for cell in undone}
     if undone:
         data.check(undone[0].made, any(len(cell.runs) > 1 for cell in cells))
     return figures
@@ -91,8 +93,13 @@ def run_all(cells: list[Cell], out: Path, figures: dict[str, dict[str, int]]) ->
     try:
         with _progress() as progress:
             task = progress.add_task("", total=len(runs), completed=done)
-            for cell in cells:
-                _run_cell(cell, out, figures.get(cell.label, {}), failed, Bar(progress, task))
+            bar = Bar(progress, task)
+            for run in _in_turn(cells):
+                if not results.read(out, run, FIT):
+                    bar.fit(run, failed, partial(_fit, run, out, figures[run.label], bar.show))
+            for run in (run for cell in cells for run in results.chosen_runs(cell, out)):
+                if not results.read(out, run, TEST):
+                    bar.test(run, failed, partial(_test, run, out))
     finally:
         rows = results.rows(cells, out, failed)
         results.write(rows, out)
@@ -108,22 +115,23 @@ class Bar:
         self.progress, self.task = progress, task
         self._done = progress.tasks[task].completed
 
-    def begin(self, what: str) -> None:
-        """Names what is at work."""
-        self.progress.update(self.task, description=what)
-
     def show(self, share: float) -> None:
         """Shows how much of a run is done."""
         self.progress.update(self.task, completed=self._done + min(share, 1.0))
 
-    def end(self, said: str) -> None:
-        """Counts a run and says what came out."""
+    def fit(self, run: Run, failed: dict[str, str], go: Callable[[], str]) -> None:
+        """Fits, and counts the run."""
+        self._go(run.short_name, run, failed, go)
         self._done += 1
         self.show(0.0)
-        self.say(said)
 
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
+    def test(self, run: Run, failed: dict[str, str], go: Callable[[], str]) -> None:
+        """Tests."""
+        self._go(f"test {run.short_name}", run, failed, go)
+
+    def _go(self, name: str, run: Run, failed: dict[str, str], go: Callable[[], str]) -> None:
+        self.progress.update(self.task, description=name)
+        line = f"{run.short_name}: {_try(run, failed, go)}"
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -140,30 +148,20 @@ def _progress() -> Progress:
     )
 
 
-def _run_cell(
-    cell: Cell, out: Path, figures: dict[str, int], failed: dict[str, str], bar: Bar
-) -> None:
-    """Fits the runs of a cell, and tests those of the rate that is best on the validation data."""
-    for run in cell.all_runs:
-        if not results.read(out, run, FIT):
-            bar.begin(run.name.rpartition("-")[0])
-            said = _try(run, failed, lambda run=run: _fit(run, out, figures, bar.show))
-            bar.end(said)
-    for run in results.chosen_runs(cell, out):
-        if not results.read(out, run, TEST):
-            bar.begin(f"test {run.name.rpartition('-')[0]}")
-            bar.say(_try(run, failed, lambda run=run: _test(run, out)))
+def _in_turn(cells: list[Cell]) -> Iterator[Run]:
+    """All runs, those of a seed together: what slows the machine for a while slows all methods."""
+    by_rate = [runs for cell in cells for runs in cell.runs.values()]
+    return chain.from_iterable(zip(*by_rate, strict=True))
 
 
 def _try(run: Run, failed: dict[str, str], go: Callable[[], str]) -> str:
     """What a run says; one that fails is noted, and the others go on."""
-    name = run.name.rpartition("-")[0]
     try:
-        return f"{name}: {go()}"
+        return go()
     except Exception as error:
         message = explain(error) or f"{type(error).__name__}: {error}"
         failed[run.name] = " ".join(message.split())
-        return f"{name} failed: {failed[run.name]}"
+        return f"failed: {failed[run.name]}"
     finally:
         gc.collect()  # a Trainer and its module refer to each other
         if torch.cuda.is_available():

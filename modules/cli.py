@@ -12,7 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import calibrate, chat, inspect, merge, recipes, samples
+from .commands import calibrate, chat, compare, inspect, merge, recipes, samples
 from .commands.mistakes import explain
 
 TRAINING = {
@@ -21,6 +21,8 @@ TRAINING = {
     "test": "evaluate on the test split: litflora test --adapter RUN/adapter",
     "predict": "write predictions: litflora predict --adapter RUN/adapter",
 }
+# Commands that take any option of fit, besides their own.
+TAKES_OPTIONS = (inspect.run, samples.run, calibrate.run, compare.run)
 SAMPLES = "inspect data"  # two words to the person, one command to argparse
 
 
@@ -62,7 +64,7 @@ def _run(args: list[str]) -> None:
         args = [SAMPLES, *args[2:]]
     parser = _parser()
     options, options.overrides = parser.parse_known_args(args or ["--help"])
-    if options.overrides and options.run not in (inspect.run, samples.run, calibrate.run):
+    if options.overrides and options.run not in TAKES_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     options.run(options)
 
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "inspect", "show what a recipe would adapt, or a saved adapter does", inspect)
     _add(commands, SAMPLES, "draw training samples of a recipe, with their truth", samples)
     _add(commands, "calibrate", "time the computing paths of a recipe on this machine", calibrate)
+    _add(commands, "compare", "tune a recipe by several methods, and report", compare)
     _add(commands, "merge", "write an adapter and its base as plain weights", merge)
     _add(commands, "chat", "ask a vision-language adapter about an image", chat)
     return parser

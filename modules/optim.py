@@ -88,7 +88,7 @@ def default_optimizer(tuning: str, may_fuse: bool = True) -> Callable[..., Optim
         tuning: Class name of the tuning.
         may_fuse: Whether the step is torch's fused one where every parameter allows it.
     """
-    return partial(_adamw, may_fuse=may_fuse, lr=_rate(tuning), weight_decay=0.05)
+    return partial(_adamw, may_fuse=may_fuse, lr=default_rate(tuning), weight_decay=0.05)
 
 
 def may_fuse(trainer: Trainer | None) -> bool:
@@ -115,7 +115,9 @@ def methods_of(tuning: dict[str, Any]) -> tuple[str, dict[str, float]]:
     """
     parts = {module: part["class"] for module, part in tuning.get("modules", {}).items()}
     method = next(iter(parts.values()), tuning["class"])
-    return method, {module: _rate(own) / _rate(method) for module, own in parts.items()}
+    return method, {
+        module: default_rate(own) / default_rate(method) for module, own in parts.items()
+    }
 
 
 def build_optimizer(
@@ -266,7 +268,8 @@ def _keep_implementation(optimizer: Optimizer, saved: dict[str, Any]) -> dict[st
     return {**saved, "state": state, "param_groups": groups}
 
 
-def _rate(tuning: str) -> float:
+def default_rate(tuning: str) -> float:
+    """The learning rate of AdamW that suits a tuning, by its class name."""
     return LEARNING_RATES.get(tuning, OTHERS)
 
 

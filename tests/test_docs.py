@@ -16,6 +16,7 @@ PAGES = (
     "README.md",
     "docs/engine.md",
     "docs/cli.md",
+    "docs/compare.md",
     "docs/scaling.md",
     "docs/segmentation.md",
     "docs/detection.md",

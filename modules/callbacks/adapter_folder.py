@@ -72,7 +72,7 @@ class AdapterFolder(Callback):
         folder = _fresh(self.run / "adapter")
         if trainer.fast_dev_run:
             return
-        metadata, best = pl_module.metadata(trainer.datamodule), _best(trainer)
+        metadata, best = pl_module.metadata(trainer.datamodule), best_checkpoint(trainer)
         state = None if best is None else _state_of(best.best_model_path)
         best = None if state is None else best
         # A folder of the name is a whole adapter.
@@ -107,7 +107,8 @@ def _fresh(folder: Path) -> Path:
     return fresh
 
 
-def _best(trainer: Trainer) -> ModelCheckpoint | None:
+def best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback whose best weights a fit leaves; None if it leaves the last."""
     for callback in trainer.checkpoint_callbacks:
         chosen = isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint)
         if chosen and callback.best_model_score is not None:

@@ -41,7 +41,11 @@ def built(recipe: str, overrides: list[str]) -> LitFloraCLI:
 def of(recipe: str, overrides: list[str], weights: str | None = None) -> Composed:
     """The tuned model of a recipe, with what runs it; nothing is fetched."""
     named = ["--model.init_args.weights", weights] if weights else []
-    made = built(recipe, [*overrides, *named])
+    return ready(built(recipe, [*overrides, *named]))
+
+
+def ready(made: LitFloraCLI) -> Composed:
+    """The same with its network; nothing is fetched."""
     model = made.model
     model.base_dtype = None  # what is looked at runs in float32
     if model.weights == "pretrained":  # shapes are enough

@@ -14,18 +14,25 @@ if sys.platform != "win32":
 _held: list[int] = []
 
 
-def take(run: Path) -> None:
+def take(
+    run: Path, name: str = "config.yaml", held: str = "is being trained by another process"
+) -> None:
     """Locks a run until `released` ends, or the process, however that ends.
 
-    The lock is on its ``config.yaml``, which is never replaced, so no file is left behind. Windows
-    has no such lock, nor have some network disks: there nothing is held.
+    The lock is on a file that is never replaced, so none is left behind. Windows has no such lock,
+    nor have some network disks: there nothing is held.
+
+    Args:
+        run: The folder.
+        name: Its file to lock.
+        held: What is said of a folder that another process has locked.
 
     Raises:
         ValueError: If another process holds it.
     """
     if sys.platform == "win32":
         return
-    path = run / "config.yaml"
+    path = run / name
     # NFS locks for one alone only what is open for writing.
     file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     _held.append(file)
@@ -34,7 +41,7 @@ def take(run: Path) -> None:
     except BlockingIOError:
         _held.remove(file)
         os.close(file)
-        raise ValueError(f"{run} is being trained by another process") from None
+        raise ValueError(f"{run} {held}") from None
     except OSError:  # a disk without locks
         pass
 
@@ -42,14 +49,16 @@ def take(run: Path) -> None:
 @contextmanager
 def released() -> Iterator[None]:
     """Releases at its end what was locked meanwhile."""
+    before = len(_held)
     try:
         yield
     finally:
-        _close()
+        _close(before)
 
 
-def _close() -> None:
-    while _held:
+def _close(kept: int = 0) -> None:
+    """Lets go of all locks but the first ones."""
+    while len(_held) > kept:
         os.close(_held.pop())
 
 

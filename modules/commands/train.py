@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from argparse import SUPPRESS, Action
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,10 +153,14 @@ class LitFloraCLI(LightningCLI):
     Args:
         command: "fit", "validate", "test" or "predict"; None builds model and data alone.
         args: What follows on the command line.
+        watching: Callbacks that a program adds; a recipe does not see them.
     """
 
-    def __init__(self, command: str | None, args: list[str]) -> None:
+    def __init__(
+        self, command: str | None, args: list[str], watching: Sequence[Callback] = ()
+    ) -> None:
         self.command = command
+        self.watching = watching
         super().__init__(
             TuningModule,
             LightningDataModule,
@@ -203,7 +207,9 @@ class LitFloraCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = default_callbacks(config, self.command)
         if self.resumed is not None:  # the config of the first start is kept
             self.save_config_callback = None
-        return super().instantiate_trainer(**{"plugins": guards.plugins(config), **kwargs})
+        trainer = super().instantiate_trainer(**{"plugins": guards.plugins(config), **kwargs})
+        trainer.callbacks[:0] = self.watching  # first: checkpoints stand at the end
+        return trainer
 
     @property
     def resumed(self) -> Path | None:
@@ -243,13 +249,13 @@ class LitFloraCLI(LightningCLI):
         return start.steps
 
 
-def run(command: str, args: list[str]) -> None:
-    """Runs fit, validate, test or predict."""
+def run(command: str, args: list[str], watching: Sequence[Callback] = ()) -> LitFloraCLI:
+    """Runs fit, validate, test or predict, with callbacks that watch; returns what has run."""
     _quieten()
     if command != "fit":  # only a fit goes on with the callbacks of a checkpoint
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
     with run_lock.released():
-        LitFloraCLI(command, args)
+        return LitFloraCLI(command, args, watching)
 
 
 def build(args: list[str]) -> LitFloraCLI:

@@ -1,0 +1,45 @@
+"""Pictures that runs leave, inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from .points import Point
+
+WIDEST = 900  # pixels
+# What is shown of a run if it is there: where, and what it is. The last of several is taken.
+KINDS = (
+    ("gallery/epoch_*.png", "validation samples and what the model makes of them"),
+    ("test/confusion_matrix.png", "confusion matrix of the test"),
+    ("spectra*.png", "singular values of what the tuning changed"),
+)
+
+
+def pictures(point: Point) -> str:
+    """The pictures of a point's first seed; nothing if it has left none."""
+    folder = point.folders[0]
+    found = [(sorted(folder.glob(pattern)), what) for pattern, what in KINDS]
+    figures = [_figure(paths[-1], f"{point.label}: {what}") for paths, what in found if paths]
+    return "".join(figures)
+
+
+def _figure(path: Path, said: str) -> str:
+    told = escape(said)
+    source = inlined(path)
+    image = f'<img src="{source}" alt="{told}" loading="lazy">'
+    return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
+
+
+def inlined(path: Path) -> str:
+    """A picture as a data URI, made smaller if it is large."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((WIDEST, WIDEST))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

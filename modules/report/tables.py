@@ -1,0 +1,125 @@
+"""Tables of the page."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from .points import Point, rate_text
+
+MOST_CLASSES = 30
+
+
+def table(caption: str, head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls by itself where it is wider than the page; the first column heads rows.
+
+    Cells are HTML.
+    """
+    heads = "".join(f'<th scope="col">{each}</th>' for each in head)
+    rows = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
+        for first, *rest in body
+    )
+    said = escape(caption)
+    return (
+        f'<p class="soft">{said}.</p>'  # no <caption>: it would scroll with the table
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{said}">'
+        f'<table aria-label="{said}"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
+    )
+
+
+def results(points: Sequence[Point]) -> str:
+    """A row for each tuning and rank; the best mean of the test metric is marked."""
+    first = points[0]
+    head = ("tuning", "rank", "lr", first.val_metric, first.test_metric)
+    costs = ("parameters", "kept for backward", "seconds")
+    means = [statistics.mean(p.test) if p.test else math.nan for p in points]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low = first.test_metric.endswith("loss")
+    best = (min if low else max)(finite) if finite else math.nan
+    body = []
+    for point, mean in zip(points, means, strict=True):
+        cells = [escape(cell) for cell in point.cells()]
+        cells[4] = f"<strong>{cells[4]}</strong>" if mean == best else cells[4]
+        body.append(cells)
+    caption = f"Mean ± standard deviation over {len(first.seeds)} seeds; the best mean is bold"
+    return table(caption, [*map(escape, head), *costs], body)
+
+
+def sweeps(points: Sequence[Point]) -> str:
+    """The validation metric at each rate, the chosen one marked, and which lie at an end.
+
+    Nothing if none was to choose.
+    """
+    if all(len(point.sweep) < 2 for point in points):
+        return ""
+    rates = sorted({rate for point in points for rate in point.sweep if rate is not None})
+    body = []
+    for point in points:
+        values = [_swept(point, rate) for rate in rates]
+        body.append([escape(point.label), *values])
+    caption = f"Mean {points[0].val_metric} at each rate; the chosen rate is bold"
+    ends = [p.label for p in points if len(p.sweep) > 1 and p.rate in (min(p.sweep), max(p.sweep))]
+    told = (
+        '<p class="soft">Chosen at the end of what was tried, so that a rate beyond it may be '
+        f"better: {escape(', '.join(ends))}.</p>"
+    )
+    return table(caption, ["", *map(rate_text, rates)], body) + (told if ends else "")
+
+
+def _swept(point: Point, rate: float) -> str:
+    value = point.sweep.get(rate)
+    if value is None:
+        return ""
+    text = f"{value:.4f}" if math.isfinite(value) else "failed"
+    return f"<strong>{text}</strong>" if rate == point.rate else text
+
+
+def classes(points: Sequence[Point]) -> str:
+    """The score of each class, those that the points differ on first; nothing without tables."""
+    found = {point.label: _class_scores(point) for point in points}
+    found = {label: scores for label, scores in found.items() if scores}
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    rows = {name: [scores.get(name, math.nan) for scores in found.values()] for name in names}
+    order = sorted(rows, key=lambda name: -_range(rows[name]))
+    body = [
+        [escape(name), *map(_scored, rows[name]), f"{_range(rows[name]):.3f}"]
+        for name in order[:MOST_CLASSES]
+    ]
+    more = len(order) - MOST_CLASSES
+    kind = next(p.stem.partition("_")[2] for point in points for p in _class_files(point))
+    caption = f"Test {kind} of each class, mean over seeds" + (f"; {more} more" if more > 0 else "")
+    return table(caption, ["class", *map(escape, found), "difference"], body)
+
+
+def _class_files(point: Point) -> list[Path]:
+    return [path for folder in point.folders for path in folder.glob("test/class_*.csv")]
+
+
+def _class_scores(point: Point) -> dict[str, float]:
+    """The mean over seeds of each class's score."""
+    found: dict[str, list[float]] = {}
+    for path in _class_files(point):
+        with path.open(newline="") as file:
+            for name, score in list(csv.reader(file))[1:]:
+                found.setdefault(name, []).append(float(score))
+    return {name: statistics.mean(scores) for name, scores in found.items()}
+
+
+def _range(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return max(finite) - min(finite) if finite else 0.0
+
+
+def _scored(score: float) -> str:
+    """A score with a bar as long as it is high."""
+    if not math.isfinite(score):
+        return "–"
+    return f'<span class="score" style="--share:{100 * score:.0f}%">{score:.3f}</span>'

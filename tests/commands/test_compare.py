@@ -1,0 +1,483 @@
+"""`litflora compare`: what it runs, how it chooses, what it leaves, and when it refuses."""
+
+import csv
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+from shell import files_below, litflora
+
+from litflora.commands import run_lock
+from litflora.commands.compare import data, folder, running
+from litflora.commands.compare.choosing import Score, choose
+from litflora.report import Point, Report, page
+from litflora.report.scatter import Mark, front
+
+TINY = {
+    "--data.train_samples": 20,
+    "--data.val_samples": 10,
+    "--data.test_samples": 12,
+    "--data.batch_size": 10,
+    "--data.img_size": 32,
+    "--trainer.max_epochs": 2,
+    "--trainer.accelerator": "cpu",
+}
+OPTIONS = [word for key, value in TINY.items() for word in (key, value)]
+
+
+def compare(out, *axes):
+    return litflora("compare", "quickstart", *axes, "--out", out, *OPTIONS)
+
+
+def rows_of(out):
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+AXES = ["--tunings", "FLoRA", "tuning/probe", "--ranks", 2, "--seeds", 1]
+AXES += ["--lrs", "1e-3", "5e-2", "tuning/probe=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished compare: FLoRA at two rates, and probing, which has no rank."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    told = compare(out, *AXES)
+    assert told.code == 0, told.err
+    return out, told
+
+
+def test_there_is_a_row_for_each_run(done):
+    out, told = done
+    rows = rows_of(out)
+    axes = [(row["tuning"], row["rank"], row["lr"], row["seed"]) for row in rows]
+    flora = [("FLoRA", "2", lr, "1") for lr in ("0.001", "0.05")]
+    assert axes == [*flora, ("tuning/probe", "", "0.01", "1")]
+    assert all(row["val/acc"] and float(row["seconds"]) > 0 for row in rows)
+    assert [bool(row["test/acc"]) for row in rows] == [row["chosen"] == "1" for row in rows]
+    assert sum(row["chosen"] == "1" for row in rows) == 2
+    parameters = {row["tuning"]: int(row["parameters"]) for row in rows}
+    assert parameters["tuning/probe"] < parameters["FLoRA"]
+    assert int(rows[0]["saved_bytes"]) > int(rows[-1]["saved_bytes"]) > 0
+    assert "3 runs, 0 found done" in told.out
+    assert "FLoRA-r2-lr0.05-seed1: val/acc" in told.err
+
+
+def test_the_files_that_are_left(done):
+    out, _ = done
+    tops = {path.name for path in out.iterdir()}
+    assert tops == {"compare.txt", "report.html", "results.csv", "results.md", "runs"}
+    run = out / next(row["folder"] for row in rows_of(out) if row["chosen"] == "1")
+    kept = files_below(run)
+    assert {"fit.json", "test.json", "log.txt", "metrics.csv", "test/class_accuracy.csv"} <= kept
+    assert "adapter/adapter_model.safetensors" in kept
+    assert not any(name.endswith(".ckpt") for name in kept)
+    table = (out / "results.md").read_text().splitlines()
+    assert len(table) == 6  # head, rule, two cells, an empty line, what it says
+    assert table[0].startswith("| tuning | rank | lr | val/acc | test/acc | parameters |")
+
+
+def test_the_command_of_a_row_makes_the_same_run(done, tmp_path, monkeypatch):
+    out, _ = done
+    row = rows_of(out)[1]
+    monkeypatch.chdir(tmp_path)
+    again = litflora(*shlex.split(row["command"])[1:])
+    assert again.code == 0, again.err
+    there, here = (
+        load_file(next(root.rglob("adapter_model.safetensors")))
+        for root in (out / row["folder"], tmp_path)
+    )
+    assert there.keys() == here.keys()
+    assert all(there[key].equal(here[key]) for key in there)
+
+
+def test_a_finished_compare_runs_nothing(done, monkeypatch):
+    out, _ = done
+    before = (out / "results.csv").read_text()
+    monkeypatch.setattr(running.train, "run", lambda *_: pytest.fail("a run was repeated"))
+    told = compare(out, *AXES)
+    assert told.code == 0, told.err
+    assert "3 runs, 3 found done" in told.out
+    assert (out / "results.csv").read_text() == before
+
+
+# Runs that are played ---------------------------------------------------------------------------
+
+
+class Played:
+    """Stands for `train.run`: gives planted metrics by learning rate."""
+
+    def __init__(self, val, test, stop_at=None, fails=()):
+        self.val, self.test, self.stop_at, self.fails = val, test, stop_at, fails
+        self.calls = []
+
+    def __call__(self, command, args, watching):
+        rate = float(args[args.index("--model.lr") + 1])
+        self.calls.append((command, rate, int(args[args.index("--seed_everything") + 1])))
+        if self.stop_at == len(self.calls):
+            raise KeyboardInterrupt
+        if rate in self.fails:
+            raise RuntimeError(f"no good at {rate}")
+        found = {"val/acc": self.val[rate], "test/acc": self.test[rate]}
+        trainer = SimpleNamespace(callback_metrics=found, checkpoint_callbacks=[])
+        return SimpleNamespace(model=SimpleNamespace(monitor="val/acc"), trainer=trainer)
+
+
+@pytest.fixture
+def play(monkeypatch):
+    def replace(*args, **kwargs):
+        played = Played(*args, **kwargs)
+        monkeypatch.setattr(running.train, "run", played)
+        monkeypatch.setattr(running.gc, "collect", lambda: 0)  # no Trainer is left behind
+        return played
+
+    return replace
+
+
+LORA = ("--tunings", "LoRA", "--lrs", "1e-3", "1e-2", "--seeds", 3, 4)
+VAL, TEST = {0.001: 0.5, 0.01: 0.7}, {0.001: 0.9, 0.01: 0.1}
+
+
+def test_the_rate_is_chosen_by_validation_and_no_other_is_tested(play, tmp_path):
+    played = play(VAL, TEST)
+    assert compare(tmp_path / "out", *LORA).code == 0
+    tests = [call[1:] for call in played.calls if call[0] == "test"]
+    assert tests == [(0.01, 3), (0.01, 4)]  # though 0.001 would have been better there
+    assert {row["test/acc"] for row in rows_of(tmp_path / "out")} == {"", "0.1"}
+
+
+def test_a_compare_that_was_killed_goes_on_where_it_was(play, tmp_path):
+    first = play(VAL, TEST, stop_at=3)
+    assert compare(tmp_path / "out", *LORA).code == 130
+    assert len(rows_of(tmp_path / "out")) == 4  # what is known so far is written
+    second = play(VAL, TEST)
+    told = compare(tmp_path / "out", *LORA)
+    assert told.code == 0, told.err
+    assert "4 runs, 2 found done" in told.out
+    assert [*first.calls[:2], *second.calls] == [
+        *(("fit", rate, seed) for seed in (3, 4) for rate in (0.001, 0.01)),
+        *(("test", 0.01, seed) for seed in (3, 4)),
+    ]
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again(play, tmp_path):
+    play(VAL, TEST, fails=[0.01])
+    told = compare(tmp_path / "out", *LORA)
+    assert told.code == 2
+    assert "2 runs have failed: the same command tries them again" in told.err
+    rows = rows_of(tmp_path / "out")
+    assert [row["failed"] for row in rows] == ["", ""] + 2 * ["RuntimeError: no good at 0.01"]
+    assert [row["chosen"] for row in rows] == ["1", "1", "0", "0"]
+    assert "no good at 0.01" in (tmp_path / "out" / "report.html").read_text()
+    assert "no good at 0.01" in (tmp_path / "out" / rows[2]["folder"] / "log.txt").read_text()
+    again = play(VAL, TEST)
+    assert compare(tmp_path / "out", *LORA).code == 0
+    assert [call[:2] for call in again.calls] == 2 * [("fit", 0.01)] + 2 * [("test", 0.01)]
+
+
+def test_what_is_new_alone_is_run(play, tmp_path):
+    play(VAL, TEST)
+    assert compare(tmp_path / "out", *LORA).code == 0
+    seeds = play(VAL, TEST)
+    assert compare(tmp_path / "out", *LORA, 5).code == 0
+    assert {seed for _, _, seed in seeds.calls} == {5}
+    other = play(VAL, TEST)
+    more = ["--data.domain", "source"]
+    told = litflora("compare", "quickstart", *LORA, "--out", tmp_path / "out", *OPTIONS, *more)
+    assert "4 runs, 0 found done" in told.out
+    assert len(other.calls) == 6
+
+
+def test_without_rates_each_tuning_has_its_own(play, tmp_path):
+    played = play({0.005: 0.5, 0.001: 0.5}, {0.005: 0.5, 0.001: 0.5})
+    told = compare(tmp_path / "out", "--tunings", "FLoRA", "LoRA", "--ranks", 2, 8)
+    assert told.code == 0, told.err
+    assert [call[1] for call in played.calls if call[0] == "fit"] == [0.005, 0.005, 0.001, 0.001]
+
+
+def test_two_at_once_are_refused(play, tmp_path):
+    play(VAL, TEST)
+    with run_lock.released():
+        folder.take(tmp_path / "out")
+        with run_lock.released():  # that of a run within lets go of none but its own
+            pass
+        told = compare(tmp_path / "out", *LORA)
+    assert told.code == 2
+    assert "is being written by another compare" in told.err
+    folder.take(tmp_path / "out")  # which is free again
+
+
+# Choosing ---------------------------------------------------------------------------------------
+
+
+def accuracies(*values):
+    return [None if value is None else Score("val/acc", value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("scores", "rate"),
+    [
+        ({1.0: accuracies(0.2, 0.4), 2.0: accuracies(0.35, 0.35)}, [2.0]),
+        ({1.0: accuracies(0.3), 2.0: accuracies(0.3)}, [1.0]),  # of equal ones the first
+        ({1.0: accuracies(0.9, None), 2.0: accuracies(0.1, 0.1)}, [2.0]),  # one has failed
+        ({1.0: accuracies(math.nan), 2.0: accuracies(0.1)}, [2.0]),
+        ({1.0: accuracies(None)}, []),
+        ({None: accuracies(0.1)}, [None]),
+        ({1.0: [Score("val/loss", 0.3)], 2.0: [Score("val/loss", 0.2)]}, [2.0]),
+    ],
+)
+def test_the_best_mean_over_all_seeds_is_chosen(scores, rate):
+    assert choose(scores) == rate
+
+
+def test_the_version_of_data_follows_names_and_sizes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_text("12")
+    before = data.version(tmp_path)
+    assert data.version(tmp_path) == before
+    (tmp_path / "a" / "x.jpg").write_text("123")
+    larger = data.version(tmp_path)
+    (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "y.jpg")
+    assert len({before, larger, data.version(tmp_path)}) == 3
+
+
+# Mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tunings", "FLORA"], "no 'FLORA'; did you mean 'FLoRA'?\n       there are "),
+        (["--tunings", "sorcery"], "there is no 'sorcery'"),
+        (["--tunings", "tuning/none"], "no file or recipe called 'tuning/none'"),
+        (["--tunings", "LoRA", "--ranks", "2.5"], "--ranks takes whole numbers of at least 1"),
+        (["--tunings", "LoRA", "--ranks", "0"], "not '0'"),
+        (["--tunings", "LoRA", "--seeds", "a"], "--seeds takes whole numbers of at least 0"),
+        (["--tunings", "LoRA", "--lrs", "-1"], "--lrs"),
+        (["--tunings", "LoRA", "--lrs", "fast"], "--lrs takes numbers above 0, or NAME=RATE"),
+        (["--tunings", "LoRA", "--lrs", "Full=1"], "'Full' is none of the tunings LoRA"),
+        (["--tunings", "LoRA", "--model.lr", "1"], "compare sets --model.lr itself: give --lrs"),
+        (["--tunings", "LoRA", "--trainer.devices=2"], "a compare runs on one"),
+        (["--tunings", "LoRA", "--model.tuning.rnk", "1"], "LoRA has no option 'rnk'"),
+        (["--tunings", "LoRA", "--model.tuning.targets", "[nowhere]"], "nowhere"),
+        ([], "--tunings"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_run(more, message, play, tmp_path):
+    played = play(VAL, TEST)
+    told = compare(tmp_path / "out", *more)
+    assert told.code == 2
+    assert message in told.err
+    assert not played.calls
+    assert files_below(tmp_path) == set()
+
+
+def test_a_folder_of_something_else_is_left_alone(play, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    told = compare(tmp_path, *LORA)
+    assert told.code == 2
+    assert "holds something else than a compare: give a free folder" in told.err
+    assert files_below(tmp_path) == {"thesis.tex"}
+
+
+@pytest.mark.slow
+def test_a_recipe_whose_parts_have_tunings_of_their_own(tmp_path):
+    told = litflora(
+        "compare", "vision_language/shapes", "--tunings", "LoRA", "--out", tmp_path / "out"
+    )
+    assert told.code == 2
+    assert "language_tuning, beside which tuning has no effect" in told.err
+
+
+@pytest.mark.parametrize(
+    ("names", "chooses", "message"),
+    [
+        ([], False, "have no test split"),
+        (["a"], True, "would choose the rates"),
+        (["a"], False, ""),
+    ],
+)
+def test_data_without_a_test_split(names, chooses, message):
+    splits = {"val": SimpleNamespace(names=["a"]), "test": Split(names)}
+    module = SimpleNamespace(datasets=splits, prepare_data=lambda: None, setup=lambda stage: None)
+    made = SimpleNamespace(model=None, datamodule=module)
+    if not message:
+        data.check(made, chooses)
+        return
+    with pytest.raises(ValueError, match=message):
+        data.check(made, chooses)
+
+
+class Split:
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+
+# The page ---------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Notes elements, and whether every one that is opened is closed."""
+
+    VOID = ("meta", "link", "img", "path", "circle", "br")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.found, self.titled = [], [], 0
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.titled += tag == "title" and self.open[-1] == "svg"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html(done):
+    return (done[0] / "report.html").read_text()
+
+
+def test_the_page_is_whole_and_asks_for_nothing(html):
+    reader = Reader(html)
+    assert reader.open == []
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert not reader.all("script")
+    sources = [attrs.get("src") or attrs.get("href") for _, attrs in reader.found]
+    assert all(source.startswith("data:") for source in sources if source)
+
+
+def test_the_page_is_for_everybody(html):
+    reader = Reader(html)
+    assert reader.titled == len(reader.all("svg")) >= 4
+    assert all(attrs["alt"] for attrs in reader.all("img"))
+    headings = [tag for tag, _ in reader.found if tag in ("h1", "h2")]
+    assert headings[0] == "h1"
+    assert headings.count("h1") == 1
+    marks = [attrs for attrs in reader.all("g") if "mark" in attrs["class"]]
+    assert marks
+    assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in marks)
+    assert "default-src 'none'" in html
+    assert "prefers-color-scheme:dark" in html
+    assert any(attrs.get("name") == "viewport" for attrs in reader.all("meta"))
+    assert reader.all("html") == [{"lang": "en"}]
+
+
+def test_the_page_says_what_came_out(html, done):
+    for heading in ("Results", "What it costs", "Learning curves", "Classes", "Commands"):
+        assert f"<h2>{heading}</h2>" in html
+    for row in rows_of(done[0]):
+        assert (row["command"] in html) == (row["chosen"] == "1")
+    assert "triangle" in html
+
+
+def point(tmp_path, **changes):
+    same = {"rank": None, "rate": 0.1, "val_metric": "val/acc", "test_metric": "test/acc"}
+    figures = {"parameters": 10, "saved_bytes": 0, "seconds": 1.0, "sweep": {0.1: 0.5}}
+    runs = {"val": [0.5], "test": [0.5], "seeds": [0], "folders": [tmp_path], "commands": ["x"]}
+    return Point(**{"tuning": "<b>", **same, **figures, **runs, **changes})
+
+
+def test_names_are_text_and_one_point_is_enough(tmp_path):
+    html = page(Report("my & recipe", [("max_epochs", "1")], [point(tmp_path)], [], 0))
+    assert Reader(html).open == []
+    assert "<b>" not in html
+    assert "&lt;b&gt; on my &amp; recipe" in html
+
+
+def test_seeds_are_shown_as_a_spread(tmp_path):
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder_, last in zip(folders, ("0.4", "0.6"), strict=True):
+        folder_.mkdir()
+        (folder_ / "metrics.csv").write_text(f"step,val/acc\n4,0.2\n9,{last}\n")
+    runs = {"folders": folders, "seeds": [0, 1], "test": [0.4, 0.5], "val": [0.4, 0.6]}
+    html = page(Report("r", [], [point(tmp_path, **runs)], [], 0))
+    assert "0.4500 ± 0.0707 over 2 seeds" in html
+    assert html.count('class="bar"') == 3  # of the three costs
+    assert html.count('class="band"') == 1
+    assert "At the end: &lt;b&gt; 0.5." in html
+
+
+def test_a_rate_at_the_end_of_what_was_tried_is_told(tmp_path):
+    tried = {0.01: 0.4, 0.1: 0.5, 1.0: math.nan}
+    inner = page(Report("r", [], [point(tmp_path, sweep=tried)], [], 0))
+    assert "<strong>0.5000</strong>" in inner
+    assert "failed" in inner
+    assert "Chosen at the end" not in inner
+    ends = page(Report("r", [], [point(tmp_path, sweep=tried, rate=0.01)], [], 0))
+    assert "may be better: &lt;b&gt;." in ends
+
+
+def test_a_page_before_anything_is_done():
+    html = page(Report("r", [], [], [("a", "it broke")], 3))
+    assert Reader(html).open == []
+    assert "No run has been tested yet." in html
+    assert "3 runs are still to be done" in html
+    assert "it broke" in html
+
+
+def test_what_runs_have_logged_of_their_source_is_shown(tmp_path):
+    assert "Learnt and forgotten" not in page(Report("r", [], [point(tmp_path)], [], 0))
+    (tmp_path / "metrics.csv").write_text("step,val/acc,source/acc\n1,0.1,\n1,,0.9\n2,0.2,0.75\n")
+    html = page(Report("r", [], [point(tmp_path)], [], 0))
+    assert "Learnt and forgotten" in html
+    assert "0.5 at 0.75" in html
+
+
+def test_pictures_of_a_run_are_inside_the_page(tmp_path):
+    from PIL import Image
+
+    for name in ("gallery/epoch_001.png", "gallery/epoch_002.png", "spectra.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2000, 1000), "red").save(tmp_path / name)
+    found = Reader(page(Report("r", [], [point(tmp_path)], [], 0))).all("img")
+    assert [attrs["alt"].partition(": ")[2][:10] for attrs in found] == ["validation", "singular v"]
+    assert all(len(attrs["src"]) < 20_000 for attrs in found)
+
+
+@pytest.mark.parametrize(
+    ("low_x", "low_y", "best"),
+    [(True, False, "ac"), (False, False, "dc"), (True, True, "a"), (False, True, "dba")],
+)
+def test_the_front(low_x, low_y, best):
+    places = {"a": (1, 0.5), "b": (2, 0.55), "c": (2, 0.9), "d": (3, 0.6)}
+    marks = [Mark(name, "", 0, x, y, 0.0) for name, (x, y) in places.items()]
+    assert "".join(mark.label for mark in front(marks, low_x, low_y)) == best
+
+
+# A browser --------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_finds_no_error_and_fetches_nothing(html, tmp_path):
+    measure = "document.title=`width ${this.contentDocument.documentElement.scrollWidth}`"
+    frame = f'<iframe width="360" style="border:0" srcdoc="{escape(html)}" onload="{measure}">'
+    file = tmp_path / "phone.html"  # no window is as narrow as a phone
+    file.write_text(f"<!DOCTYPE html><title></title>{frame}</iframe>")
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    seen = subprocess.run(
+        [*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in seen.stderr  # where a fetch that the page's policy forbids is told, too
+    assert "<title>width 360</title>" in seen.stdout

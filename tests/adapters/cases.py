@@ -299,9 +299,10 @@ METHODS: dict[str, Callable[..., Tuning]] = {
 }
 
 
+FIRST = ("flora", "flora_paper", "lora", "lora_loralib", "lora_article")
 SQUARE = ("lora_loralib", "lora_article")  # defined for square kernels; they have no low-rank chain
 STARTED = ("pissa", "olora")  # defined for one matrix, not for a stack
-# dW is made as one matrix; what the layer is beyond its shape is the base operation's affair.
+# dW is made as one matrix.
 MATRICES = ("mora", "mora_rope", "loha", "lokr")
 
 
@@ -320,23 +321,23 @@ def paths_of(case: Case, method: str) -> tuple[str, ...]:
 def table(ids: Iterable[str] = (), methods: Iterable[str] = ("flora",), path: bool = True) -> Any:
     """Parametrises a test by layer x method x path, of those that exist.
 
-    All layers where no ids are given, and for `MATRICES` one of each family; a test without `path`
-    runs each method once.
+    All layers where no ids are given, those beside `FAMILIES` marked slow but for the methods that
+    all others are made of (`FIRST`); a test without `path` runs each method once.
     """
+    ids = list(ids)
     rows = [
         pytest.param(
-            case, method, kind, id="-".join(filter(None, (case.id, method, path and kind)))
+            case,
+            method,
+            kind,
+            id="-".join(filter(None, (case.id, method, path and kind))),
+            marks=() if ids or method in FIRST or case.id in FAMILIES else pytest.mark.slow,
         )
         for method in methods
-        for case in _cases(ids, method)
+        for case in ([BY_ID[name] for name in ids] or CASES)
         for kind in (paths_of(case, method) if path else paths_of(case, method)[-1:])
     ]
     return pytest.mark.parametrize(("case", "method", "path"), rows)
-
-
-def _cases(ids: Iterable[str], method: str) -> list[Case]:
-    every = FAMILIES if method in MATRICES else tuple(BY_ID)
-    return [BY_ID[name] for name in ids or every]
 
 
 def adapt(

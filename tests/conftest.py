@@ -3,11 +3,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch.distributed
 
 # No test follows what somebody has calibrated on this machine.
 os.environ["LITFLORA_PATHS"] = str(Path(tempfile.gettempdir(), f"litflora-none-{os.getpid()}.json"))
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A Trainer of several processes leaves its group, also that of one process here."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

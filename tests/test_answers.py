@@ -67,7 +67,7 @@ def test_a_fit_draws_its_answers_and_says_what_to_do_with_the_adapter(made):
     assert f"merge    litflora merge {adapter} --out merged\n" in said
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_answers_are_written_in_the_order_of_the_data(processes, made, module, tmp_path):
     options = ("--trainer.default_root_dir", tmp_path, "--data.eval_batch_size", 2)
     if processes > 1:

@@ -98,6 +98,7 @@ def test_real_data_train_evaluate_and_predict(name, shared_data, tmp_path):
     assert all(line["image"] == str(shared_data / PHOTOS[name] / line["id"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_images_and_texts(tmp_path):
     """A process that has texts alone runs the tower, too, or the other would wait for it."""
     given = arguments(tmp_path / "data", tmp_path)

@@ -335,6 +335,7 @@ def test_files_hold_nothing_of_the_base(run):
         assert all(".adapters." in key or key.startswith("connector.") for key in keys)
 
 
+@pytest.mark.slow
 def test_a_folder_answers_the_same_in_a_new_process(run, batch, tmp_path):
     folder, made = run
     made.eval()

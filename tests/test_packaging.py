@@ -117,6 +117,7 @@ def test_light_command_takes_under_a_second(command):
     assert seconds("-m", "litflora", *command) < 1
 
 
+@pytest.mark.slow
 def test_help_of_fit_costs_little_more_than_lightnings_own():
     bare = "from lightning.pytorch.cli import LightningCLI; LightningCLI()"
     seconds("-m", "litflora", "fit", "--help")  # reads the files once

@@ -298,6 +298,7 @@ def test_batch_norms_that_torch_would_rob_of_their_activation():
 # The command line --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_command_line_test_as_one(tmp_path):
     few = ("--data.train_samples", 4, "--data.val_samples", 2, "--data.test_samples", 21)
     runs = (*SMALL, "--trainer.default_root_dir", tmp_path)

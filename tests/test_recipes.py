@@ -228,7 +228,16 @@ def fit_on_photos(name, folder, **options_):
     assert list(folder.glob("**/version_0/adapter/adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("name", PHOTOS)
+def often(names):
+    """Slow what differs from a recipe before it in its backbone alone."""
+    seen = set()
+    for name in names:
+        data = name.rpartition("_convnext")[0] or name.rpartition("_vit")[0] or name
+        yield pytest.param(name, marks=pytest.mark.slow if data in seen else ())
+        seen.add(data)
+
+
+@pytest.mark.parametrize("name", list(often(PHOTOS)))
 def test_recipe_for_photos_runs(name, tmp_path):
     fit_on_photos(name, tmp_path)
 

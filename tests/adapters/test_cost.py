@@ -104,7 +104,7 @@ def test_few_inputs_read_the_gradient_once(path: str, count: int) -> None:
     ("name", "options"),
     [
         ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
-        ("convnext_atto", {"depths": (1, 1, 1, 1)}),
+        pytest.param("convnext_atto", {"depths": (1, 1, 1, 1)}, marks=pytest.mark.slow),
     ],
 )
 def test_a_training_step_compiles_to_one_graph(name: str, options: dict[str, Any]) -> None:

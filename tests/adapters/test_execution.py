@@ -389,7 +389,7 @@ def test_compiles_whole_and_once(case: Case, method: str, path: str) -> None:
     assert counter.frame_count == 1, f"compiled {counter.frame_count} times"
 
 
-@pytest.mark.parametrize("path", ["side", "merged"])
+@pytest.mark.parametrize("path", ["side", pytest.param("merged", marks=pytest.mark.slow)])
 def test_inductor(path: str) -> None:
     torch._dynamo.reset()
     model, _ = adapt(BY_ID["linear"], path=path, dtype=torch.float32)

@@ -32,7 +32,7 @@ def parts() -> dict[int, Any]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_rows_are_those_that_torch_shares_out(world: int) -> None:
     for found in worlds.run(parts, world=world):
         for size, (held, (first, count), ours, whole) in found.items():

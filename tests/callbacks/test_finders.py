@@ -86,8 +86,12 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
     "more",
     [
         (),
-        ("--config", "trainer/ema", "--model.head_lr", "1e-3"),
-        ("--model.tuning", "Full", "--model.lr_scheduler", "null"),
+        pytest.param(
+            ("--config", "trainer/ema", "--model.head_lr", "1e-3"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("--model.tuning", "Full", "--model.lr_scheduler", "null"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_fit_with_the_finder_is_one_with_the_rate_it_found(more, tmp_path):
@@ -236,7 +240,10 @@ def memory(monkeypatch):
     return holds
 
 
-@pytest.mark.parametrize(("mode", "most", "size"), [("power", 13, 8), ("binsearch", 13, 13)])
+@pytest.mark.parametrize(
+    ("mode", "most", "size"),
+    [("power", 13, 8), pytest.param("binsearch", 13, 13, marks=pytest.mark.slow)],
+)
 def test_memory_ends_the_search(mode, most, size, memory, tmp_path):
     memory(most)
     found = fit(tmp_path, *callback("BatchSizeFinder", mode=mode))
@@ -267,8 +274,6 @@ def test_memory_that_holds_nothing_is_told_and_leaves_nothing(mode, memory, tmp_
 def test_the_sizes_of_several_processes_are_not_searched(tmp_path):
     several = ("--trainer.strategy", "ddp", "--trainer.devices", "1")
     result = fit(tmp_path / "runs", *callback("BatchSizeFinder"), *several)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     assert result.code == 2
     assert "Batch size finder is not supported with distributed strategies" in result.err
 

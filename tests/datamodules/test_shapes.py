@@ -92,6 +92,7 @@ def test_the_embedded_weights_are_small_enough_to_ship() -> None:
     assert WEIGHTS.stat().st_size < 1.2e6
 
 
+@pytest.mark.slow
 def test_the_script_remakes_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "net.safetensors"
     options = ["--samples", "60", "--epochs", "1", "--out", str(out)]

@@ -29,6 +29,7 @@ from .adapters import (
     read_config,
     summary,
 )
+from .adapters.dora import DoRADelta
 from .adapters.layers import origin_of
 from .adapters.loftq import loftq_deltas
 from .adapters.sharded import part_of, plain_name
@@ -202,6 +203,7 @@ class TuningModule(LightningModule):
         self._hold_base(net)
         for delta in loftq_deltas(net):
             delta.check()
+        self._refuse_coarse_magnitudes(net)
         checkpoint_activations(net, self.activation_checkpointing)
         if sharded:
             self._shard(net, weights)
@@ -212,6 +214,13 @@ class TuningModule(LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.net = net
         self.train(self.training)
+
+    def _refuse_coarse_magnitudes(self, net: nn.Module) -> None:
+        """Raises where DoRA's magnitudes, which do not start at zero, would take no small steps."""
+        precision = None if self._trainer is None else self._trainer.precision
+        dora = any(isinstance(module, DoRADelta) for module in net.modules())
+        if dora and precision in ("bf16-true", "16-true"):
+            raise ValueError(f"{precision} is too coarse for DoRA's magnitudes: use bf16-mixed")
 
     def _hold_base(self, net: nn.Module) -> None:
         """Holds what is frozen as ``base_dtype`` says."""

@@ -6,7 +6,7 @@ from tiny import Colours, module, save_base, trainer
 from torch import nn
 
 from litflora import from_adapter
-from litflora.adapters import FLoRA
+from litflora.adapters import DoRA, FLoRA
 from litflora.callbacks import AdapterFolder
 
 
@@ -32,6 +32,12 @@ def test_frozen_layers_alone_are_half(base, tmp_path):
     frozen = {n for n, p in made.named_parameters() if not p.requires_grad}
     assert halves == {n for n in frozen if n.rpartition(".")[0] in layers}
     assert sum(own[n].numel() for n in halves) > 0.8 * sum(own[n].numel() for n in frozen)
+
+
+def test_magnitudes_of_dora_take_no_half_precision(base, tmp_path):
+    made = module(base, tuning=DoRA(rank=2))
+    with pytest.raises(ValueError, match="bf16-true is too coarse for DoRA's magnitudes"):
+        trainer(tmp_path, precision="bf16-true").fit(made, Colours())
 
 
 def test_it_needs_mixed_precision(base, tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .delta import Delta, Path, RankMode, WeightInfo
 from .errors import AdapterError
 from .lora import LoRADelta
+from .matrix import refuse_stack
 from .tucker import Factors
 from .tuning import DeltaTuning, check_finite, check_rank, one_rank
 
@@ -128,6 +129,7 @@ class AdaLoRA(DeltaTuning):
 
     def build(self, info: WeightInfo, overrides: dict[str, Any]) -> AdaLoRADelta:
         """Makes the delta of one weight."""
+        refuse_stack(info)
         asked = one_rank("AdaLoRA", info, overrides.get("rank_pattern", self.rank))
         out = info.shape[info.out_dim]
         largest = min(out, math.prod(info.shape) // out)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 def base_weight(layer: nn.Module, param: str) -> Tensor:
     """The weight that a layer had before anything was merged."""
     adapters = getattr(layer, "adapters", None)
-    if adapters is not None and adapters.enabled and param in adapters.originals:
-        original: Tensor = adapters.originals[param]
-        return original
+    originals: dict[str, Tensor] = getattr(adapters, "originals", {})
+    if param in originals and adapters is not None and adapters.enabled:
+        return originals[param]
     weight = getattr(layer, param)
     assert isinstance(weight, Tensor)
     return weight
@@ -36,10 +36,13 @@ class Base:
     start: int = 0
     rows: int | None = None
 
-    def __call__(self) -> Tensor:
-        """The weight as it is now, without any delta."""
-        weight = base_weight(self.layer, self.param)
-        return weight if self.rows is None else weight.narrow(self.dim, self.start, self.rows)
+    def whole(self) -> Tensor:
+        """The whole stored weight as it is now, without any delta."""
+        return base_weight(self.layer, self.param)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """What a delta changes of the whole weight."""
+        return whole if self.rows is None else whole.narrow(self.dim, self.start, self.rows)
 
     def part(self, dim: int, start: int, rows: int) -> Base:
         """A slice of the weight."""

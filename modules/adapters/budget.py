@@ -54,6 +54,18 @@ class BudgetSchedule:
     final: int = 0
     interval: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.end <= self.steps:
+            raise AdapterError(
+                f"{self.warmup} steps of warm-up and {self.final} at the end leave none of "
+                f"{self.steps} for the budget to fall in"
+            )
+        if self.interval < 1 or not 0 < self.last <= self.first:
+            raise AdapterError(
+                f"a budget falls from {self.first} to {self.last} slices every {self.interval} "
+                "steps: it cannot"
+            )
+
     @property
     def end(self) -> int:
         """The step after which the budget is the last one, and spent."""
@@ -93,6 +105,7 @@ class RankAllocator:
 
     Attributes:
         kept: For each mode of each delta, which of its slices are kept.
+        budget: How many are kept.
     """
 
     def __init__(self, model: nn.Module, beta1: float = 0.85, beta2: float = 0.85) -> None:
@@ -126,6 +139,7 @@ class RankAllocator:
             slices.delta.budgeted = True
             _, gate, _ = next(slices.tensors())
             self.kept.append(torch.ones(len(slices), dtype=torch.bool, device=gate.device))
+        self.budget = self.size
 
     @property
     def size(self) -> int:
@@ -178,6 +192,7 @@ class RankAllocator:
         kept[order[:budget]] = True
         parts = kept.split([len(slices) for slices in self._slices])
         self.kept = [new.to(old.device) for old, new in zip(self.kept, parts, strict=True)]
+        self.budget = budget
 
     def _scores(self, slices: _Slices) -> Tensor:
         """The sum over its tensors of a slice's mean score (equation 7, with equation 11's s)."""
@@ -211,7 +226,8 @@ class RankAllocator:
     def state_dict(self) -> dict[str, Any]:
         """Averages by the name of their parameter, and what is kept."""
         averages = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
-        return {**{key: dict(own) for key, own in averages.items()}, "kept": list(self.kept)}
+        kept = {"kept": list(self.kept), "budget": self.budget}
+        return {**{key: dict(own) for key, own in averages.items()}, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes a state over."""
@@ -219,6 +235,7 @@ class RankAllocator:
             for name, value in own.items():
                 value.copy_(state[key][name])
         self.kept = [new.to(old.device) for old, new in zip(self.kept, state["kept"], strict=True)]
+        self.budget = state["budget"]
 
 
 def check_betas(beta1: float, beta2: float) -> None:

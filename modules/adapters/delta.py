@@ -152,7 +152,7 @@ class Delta(nn.Module):
             AdapterError: It has no memory yet.
         """
         assert self.base is not None, "bind comes first"
-        weight = self.base()
+        weight = self.base.own(self.base.whole())
         if weight.is_meta and self.info.device != weight.device:
             raise AdapterError(
                 f"{self.info.name}: {type(self).__name__.removesuffix('Delta')} begins from the "

@@ -41,15 +41,18 @@ class DoRADelta(LoRADelta):
         self.magnitude = self.factory(info.shape[info.out_dim])
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """A, B, m and the base weight."""
-        return self.lora_A, self.lora_B, self.magnitude, self.weight()
+        """A, B, m and the base weight: all of it, also of a part, for it is kept as it is."""
+        assert self.base is not None, "bind comes first"
+        return self.lora_A, self.lora_B, self.magnitude, self.base.whole()
 
     def compose(self, *factors: Tensor) -> Tensor:
         """``W' - W0`` as ``(q - 1) W0 + s (q B) A``, where q is m over the norm.
 
         So written, autograd keeps the factors and the base, and no matrix of the base's size.
         """
-        lora_A, lora_B, magnitude, weight = factors
+        lora_A, lora_B, magnitude, whole = factors
+        assert self.base is not None
+        weight = self.base.own(whole)
         ratio = magnitude / self._norm(lora_A, lora_B, weight)
         by_row = ratio.view([-1 if n == self.info.out_dim else 1 for n in range(weight.dim())])
         low_rank = super().compose(lora_A, ratio.unsqueeze(1) * lora_B)
@@ -64,6 +67,12 @@ class DoRADelta(LoRADelta):
 
     def tucker(self) -> None:
         """There is none: dW holds a share of W0."""
+
+    def reset_parameters(self) -> None:
+        """Draws A anew; B is zero and m the norm of W, once there is one."""
+        super().reset_parameters()
+        if self.base is not None:
+            self.start()
 
     @torch.no_grad()
     def start(self) -> None:

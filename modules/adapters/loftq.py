@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import base_weight
 from .delta import WeightInfo
 from .errors import AdapterError
 from .lora import LoRA, LoRADelta
@@ -62,7 +61,7 @@ class LoftQDelta(LoRADelta):
     def _stored(self) -> Tensor:
         """The whole weight, of which this may change a part."""
         assert self.base is not None, "bind comes first"
-        return base_weight(self.base.layer, self.base.param)
+        return self.base.whole()
 
 
 def loftq_deltas(model: nn.Module) -> list[LoftQDelta]:

@@ -1,7 +1,7 @@
 """LoHa (Hyeon-Woo et al., FedPara, arXiv 2108.06098): ``dW = s * (A1 B1) * (A2 B2)``, elementwise.
 
-The product of two matrices of rank r has a rank of up to r squared (proposition 1). Names and start
-are those of LyCORIS and PEFT.
+The product of two matrices of rank r has a rank of up to r squared (proposition 1). Names are
+those of LyCORIS and PEFT, the start is PEFT's.
 """
 
 from __future__ import annotations

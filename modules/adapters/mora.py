@@ -61,11 +61,13 @@ class MoRADelta(MatrixDelta):
     def _turned(self, square: Tensor, chunks: int) -> Tensor:
         """M times the rotation of each chunk, along a diagonal of blocks."""
         side, kept = len(square), min(chunks, math.ceil(self.rows / len(square)))
-        pairs = torch.arange(0, side, 2, device=square.device).to(square)
-        positions = torch.arange(kept, device=square.device).to(square)
+        # In half precision the angles would be others than where it is merged.
+        wide = {"dtype": torch.promote_types(square.dtype, torch.float32), "device": square.device}
+        pairs, positions = torch.arange(0, side, 2, **wide), torch.arange(kept, **wide)
         angles = torch.outer(positions, 10000.0 ** (-pairs / side)).repeat(1, 2).unsqueeze(1)
         left, right = square.chunk(2, 1)
-        blocks = square * angles.cos() + torch.cat([right, -left], 1) * angles.sin()
+        cosines, sines = angles.cos().to(square.dtype), angles.sin().to(square.dtype)
+        blocks = square * cosines + torch.cat([right, -left], 1) * sines
         # The outputs of later chunks would be cut off: they are not made.
         return F.pad(torch.block_diag(*blocks), (0, (chunks - kept) * side))
 

@@ -104,7 +104,7 @@ def to_peft(
                 f"({type(delta).__name__}); save it in litflora's own format"
             )
         infix, suffix = ("embedding_", "") if info.kind == "embedding" else ("", ".weight")
-        start = delta.buffers()  # of PiSSA and OLoRA; others have none
+        start = (delta.get_parameter(name) for name in sorted(delta.frozen()))  # of PiSSA, OLoRA
         lora_A, lora_B = delta.pair(*map(whole, (delta.lora_A, delta.lora_B, *start)))
         ones = [1] * (len(info.shape) - 2)
         tensors[f"{PREFIX}{layer}.lora_{infix}A{suffix}"] = lora_A

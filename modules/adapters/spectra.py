@@ -171,7 +171,9 @@ def _delta(candidate: Candidate) -> Tensor | None:
     if not isinstance(adapters, AdapterSet):
         return None
     total = adapters.sums(adapters.active).get(candidate.param)
-    return None if total is None else total(*total.tensors())
+    if total is None:
+        return None
+    return total(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in total.tensors()))
 
 
 def _before(candidate: Candidate, base: Mapping[str, Tensor]) -> Tensor:

@@ -22,8 +22,13 @@ class StartedDelta(LoRADelta):
 
     Attributes:
         start_A: A0, of the shape of A.
-        start_B: B0, of the shape of B.
+        start_B: B0, of the shape of B. Both are parameters that never train: buffers would be sent
+            around by DDP at every step.
     """
+
+    def frozen(self) -> set[str]:
+        """The start."""
+        return {"start_A", "start_B"}
 
     def decomposed(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """``B0: [out, r]`` and ``A0: [r, in]`` of a weight ``[out, in]``."""
@@ -49,8 +54,8 @@ class StartedDelta(LoRADelta):
         self._note_start()
 
     def _note_start(self) -> None:
-        self.start_A = nn.Buffer(self.lora_A.detach().clone())
-        self.start_B = nn.Buffer(self.lora_B.detach().clone())
+        self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
+        self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """A, B, A0 and B0."""

@@ -171,29 +171,31 @@ def choice_sizes(units: Sequence[Unit], active: int, sampling: Sampling) -> tupl
     return fmean(sizes), sum(unit.size for unit in choose(descending, active, sampling))
 
 
-def rest(units: Iterable[Unit]) -> None:
-    """Freezes units: none of their gradients is left to be stepped by, no statistics run on."""
+def rest(units: Iterable[Unit]) -> list[_BatchNorm]:
+    """Freezes units: none of their gradients is left to be stepped by, no statistics run on.
+
+    Returns:
+        The norms whose statistics ran.
+    """
+    running: list[_BatchNorm] = []
     for unit in units:
         for parameter in unit.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        for norm in _batch_norms(unit):
-            norm.eval()
+        inside = (m for module in unit.modules.values() for m in module.modules())
+        running += [norm for norm in inside if isinstance(norm, _BatchNorm) and norm.training]
+    for norm in running:
+        norm.eval()
+    return running
 
 
-def wake(units: Iterable[Unit]) -> None:
-    """Undoes `rest`: everything requires a gradient, and norms are in the mode of their unit."""
+def wake(units: Iterable[Unit], norms: Iterable[_BatchNorm]) -> None:
+    """Undoes `rest`: everything requires a gradient, and what statistics ran run again."""
     for unit in units:
         for parameter in unit.parameters.values():
             parameter.requires_grad_(True)
-        mode = next(iter(unit.modules.values())).training
-        for norm in _batch_norms(unit):
-            norm.train(mode)
-
-
-def _batch_norms(unit: Unit) -> list[_BatchNorm]:
-    inside = (m for module in unit.modules.values() for m in module.modules())
-    return [module for module in inside if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.train()
 
 
 def forget(units: Iterable[Unit], optimizers: Iterable[Optimizer]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, strategies
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._units import (
     SAMPLINGS,
@@ -104,6 +105,7 @@ class LISA(Callback):
         self.switched_at: int | None = None
         self._random = random.Random()
         self._units: list[Unit] = []
+        self._norms: list[_BatchNorm] = []
         self._share = 1.0
         self._untold = self._unlogged = True
 
@@ -159,26 +161,30 @@ class LISA(Callback):
         if step % self.interval == 0 and step != self.switched_at:
             self._draw(trainer)
         self._share = min((step - self.switched_at + 1) / (self.warmup + 1), 1.0)
-        rest(self._resting())
+        self._norms = rest(self._resting())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Wakes what was frozen; logs after the first step of a period."""
-        wake(self._units)
+        self._wake()
         if self._unlogged and trainer.global_step != self.switched_at:
             self._unlogged = False
             self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wakes what was frozen if a hook has ended the epoch within a step."""
-        wake(self._units)
+        self._wake()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Wakes what was frozen, before a checkpoint may be written."""
-        wake(self._units)
+        self._wake()
+
+    def _wake(self) -> None:
+        wake(self._units, self._norms)
+        self._norms = []
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go of the network."""

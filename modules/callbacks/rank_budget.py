@@ -86,6 +86,7 @@ class RankBudget(Callback):
         self.allocator = RankAllocator(pl_module, *self.betas)
         if self._state:
             self.allocator.load_state_dict(self._state)
+            self._state = {}  # a later fit begins anew
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("RankBudget needs the length of the run: set trainer.max_epochs")
@@ -142,8 +143,7 @@ class RankBudget(Callback):
             self.allocator.allocate(self.schedule(step))
         if due or step > self.schedule.end:
             self.allocator.mask()
-        kept = sum(int(kept.sum()) for kept in self.allocator.kept)
-        pl_module.log("train/rank_slices", float(kept))
+        pl_module.log("train/rank_slices", float(self.allocator.budget))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so if the training was too short."""

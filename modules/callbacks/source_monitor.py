@@ -21,6 +21,8 @@ from ..heads.probes import LinearProbe, NearestNeighbours
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
     from ..module import TuningModule
 
+PER_CLASS = 20  # as many neighbours are asked
+
 Head = Literal["original", "knn", "probe"]
 # Makes vectors [N, D] of normalised images, by a backbone.
 Reader = Callable[[nn.Module, Tensor], Tensor]
@@ -82,10 +84,21 @@ class SourceMonitor(Callback):
         trainer.strategy.barrier("source")
         for needed in ("test",) if self.head == "original" else ("test", "fit"):
             self.data.setup(needed)
+        if self.head != "original":
+            self._check_limit()
+
+    def _check_limit(self) -> None:
+        """Raises if a fitted head would know too few samples of a class."""
+        least, known = PER_CLASS * self.data.num_classes, len(self.data.datasets["train"])
+        if self.limit < min(least, known):
+            raise ValueError(
+                f"limit {self.limit} leaves a {self.head} head fewer than {PER_CLASS} samples of "
+                f"each of {self.data.num_classes} classes: take {min(least, known)} or more"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Makes the head, and measures the base."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             base = encoder(pl_module.anew().build()).to(pl_module.mean)
         if self.head == "original":
             self._read = self._original(trainer, pl_module, base)
@@ -106,7 +119,8 @@ class SourceMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Measures and logs."""
         epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
+        last = trainer.should_stop or epoch == trainer.max_epochs
+        if epoch % self.every_n_epochs == 0 or last:
             assert pl_module.net is not None
             self.now = self._accuracy(trainer, pl_module, encoder(pl_module.net))
             figures = {"source/acc": self.now, "source/forgotten": self.before - self.now}
@@ -128,7 +142,7 @@ class SourceMonitor(Callback):
             raise ValueError(
                 f"{type(module).__name__} has no classification backbone: take head knn or probe"
             )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             source = original(name, weights, base).to(module.mean).eval()
         if source.num_classes != self.data.num_classes:
             raise ValueError(
@@ -142,7 +156,7 @@ class SourceMonitor(Callback):
         images, _ = next(iter(self._batches(self.data.datasets["test"])))
         images = module.normalize(images.to(module.device))
         with _at_rest(trainer, base):
-            if not torch.equal(read(base, images), source(images)):
+            if not torch.allclose(read(base, images), source(images), rtol=1e-4, atol=1e-4):
                 raise ValueError(
                     f"{type(module).__name__} leaves out blocks or norms that the head of {name} "
                     "stands on: take head knn or probe"
@@ -189,10 +203,12 @@ def mean_features(backbone: nn.Module, images: Tensor) -> Tensor:
 def _at_rest(trainer: Trainer, net: nn.Module) -> Iterator[None]:
     """Evaluates as the trainer does, and leaves no trace in modes, random states or caches."""
     modes = [(module, module.training) for module in net.modules()]
+    device = trainer.strategy.root_device
+    devices = [device] if device.type == "cuda" else []
     net.eval()
     try:
         with (
-            torch.random.fork_rng(),
+            torch.random.fork_rng(devices=devices),
             torch.no_grad(),
             trainer.precision_plugin.val_step_context(),
         ):

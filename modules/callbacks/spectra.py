@@ -13,10 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..adapters import SpectraReport, Spectrum, adapter_names, spectra
+from ..adapters import SpectraReport, Spectrum, adapter_names, spectra, trainable_parameters
 from ..adapters.quantized import first_quantized
 from ..adapters.replacing import replacing
 from ..adapters.spectra import INTRUDERS_AMONG
+from ..adapters.targets import head_names, is_inside
 from ._files import log_dir, publish
 
 if TYPE_CHECKING:  # a task imports its callbacks, not they the task
@@ -35,8 +36,8 @@ class Spectra(Callback):
     The table has a line for each weight that changed: the effective rank of each mode of dW at 90 %
     of its squared energy, ||dW|| / ||W||, and the intruder dimensions (see
     `litflora.adapters.spectra`). The picture also goes to every logger that takes figures or
-    images. It shows the weights of the last step. Where the base itself trained, it is read again
-    at the end; nothing is kept during the run.
+    images. It shows the weights of the last step, under EMA their average. Where the base itself
+    trained, it is read again at the end; nothing is kept during the run.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,8 @@ class Spectra(Callback):
             raise ValueError(
                 f"Spectra needs the values of {quantized}, which is quantised: leave it out"
             )
-        if pl_module.weights is None and not adapter_names(pl_module):
+        alone = adapter_names(pl_module) and not _trains_in_place(pl_module)
+        if pl_module.weights is None and not alone:
             raise ValueError(
                 "Spectra compares with the base, which weights null does not keep: give weights, "
                 "or leave Spectra out"
@@ -78,11 +80,19 @@ class Spectra(Callback):
 
 def measure(module: TuningModule) -> SpectraReport:
     """What a module's tuning changed of its base, which is read again if it trained itself."""
-    if adapter_names(module):
+    if adapter_names(module) and not _trains_in_place(module):
         return spectra(module.net)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         base = module.anew().build()
     return spectra(module.net, base.state_dict())
+
+
+def _trains_in_place(module: TuningModule) -> bool:
+    """Whether a weight of the base trains itself, besides those of heads."""
+    assert module.net is not None
+    heads = head_names(module.net)
+    trained = trainable_parameters(module.net)["other"].items()
+    return any(p.ndim > 1 and not is_inside(name, heads) for name, p in trained)
 
 
 def _write(report: SpectraReport, path: Path) -> None:

@@ -301,7 +301,7 @@ METHODS: dict[str, Callable[..., Tuning]] = {
 
 FIRST = ("flora", "flora_paper", "lora", "lora_loralib", "lora_article")
 SQUARE = ("lora_loralib", "lora_article")  # defined for square kernels; they have no low-rank chain
-STARTED = ("pissa", "olora")  # defined for one matrix, not for a stack
+ONE_MATRIX = ("pissa", "olora", "adalora")  # not defined for a stack
 # dW is made as one matrix.
 MATRICES = ("mora", "mora_rope", "loha", "lokr")
 
@@ -310,7 +310,7 @@ def paths_of(case: Case, method: str) -> tuple[str, ...]:
     """The paths that a method has on a layer; none where the method is not defined."""
     if method in SQUARE:
         return ("merged", "auto") if case.square else ()
-    if method in STARTED and case.stack:
+    if method in ONE_MATRIX and case.stack:
         return ()
     if method in ("dora", *MATRICES):  # no low-rank chain, and not defined for stacks of matrices
         paths = ("merged", "auto") if method == "dora" else ("auto",)  # the same, without a chain
@@ -368,8 +368,10 @@ def deltas(model: nn.Module, name: str = "default") -> dict[str, nn.Module]:
 
 
 def factors(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """Every parameter of adapter `name`'s deltas."""
-    return [p for delta in deltas(model, name).values() for p in delta.parameters()]
+    """Every parameter of adapter `name`'s deltas that trains where it is active."""
+    leaves = [leaf for delta in deltas(model, name).values() for _, leaf in delta.leaves() if leaf]
+    named = ((leaf, *pair) for leaf in leaves for pair in leaf.named_parameters())
+    return [parameter for leaf, key, parameter in named if key not in leaf.frozen()]
 
 
 @torch.no_grad()

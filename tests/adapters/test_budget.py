@@ -380,6 +380,12 @@ def test_mistakes() -> None:
             AdaLoRA(**settings)
     with pytest.raises(AdapterError, match="one rank a layer"):
         inject(net(), AdaLoRA(rank_pattern={"mlp.0": [2, 3]}))
+    for wrong in ({"warmup": 150, "final": 900}, {"warmup": 1000}):
+        with pytest.raises(AdapterError, match="leave none of 1000 for the budget"):
+            BudgetSchedule(80, 40, 1000, **wrong)
+    for first, last, interval in ((40, 80, 1), (80, 0, 1), (80, 40, 0)):
+        with pytest.raises(AdapterError, match=f"from {first} to {last} slices every {interval}"):
+            BudgetSchedule(first, last, 1000, interval=interval)
 
 
 def test_ranks_are_clamped_and_scales_are_not() -> None:

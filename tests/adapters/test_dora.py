@@ -96,6 +96,12 @@ def test_parts_of_a_fused_weight_have_norms_of_their_own() -> None:
     (first, second) = deltas(model)["0.weight"].parts.values()
     changed = torch.cat([as_defined(first, q, 2.0), k, as_defined(second, v, 2.0)])
     assert_close(model(x), F.linear(x, changed, base[0].bias), 1e-12)
+    kept = model[0].adapters.cache._kept
+    with torch.no_grad():
+        model.eval()(x)
+        made = kept["weight"].value
+        model(x)
+    assert kept["weight"].value is made, "made anew for each call"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

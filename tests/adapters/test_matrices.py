@@ -67,6 +67,14 @@ def test_mora_is_its_definition(inputs: int, outputs: int, kind: str) -> None:
     assert_close(delta.dense() @ x, mora(delta.square, x, outputs, kind), 1e-12)
 
 
+def test_mora_turns_as_far_in_half_precision() -> None:
+    """By many positions: the angles of the last chunks would be wrong by whole radians."""
+    delta = of(nn.Linear(4096, 600), MoRA(rank=1, targets="0")).float().bfloat16()
+    half = delta.dense().float()
+    exact = delta.float().dense()
+    assert_close(half, exact, 2e-2)
+
+
 @pytest.mark.parametrize("kind", ["sharing", "rope"])
 def test_mora_takes_a_kernel_as_the_map_of_a_patch(kind: str) -> None:
     tuning = MoRA(rank=1, kind=kind, targets="0")  # type: ignore[arg-type]
@@ -170,7 +178,7 @@ def test_sides_are_divided_as_in_peft() -> None:
 # What they are not defined for ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["dora", "mora", "loha", "lokr"])
+@pytest.mark.parametrize("method", ["dora", "mora", "loha", "lokr", "adalora"])
 def test_stacks_of_matrices_are_refused(method: str) -> None:
     case = BY_ID["raw-3d-experts"]
     model = case.model()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from shell import litflora
 from tiny import Colours, module, save_base, trainer
 
-from litflora.adapters import FLoRA, Full, NormTuning, spectra
+from litflora.adapters import FLoRA, Full, NormTuning, PerModule, spectra
 from litflora.callbacks import AdapterFolder, Spectra
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights is null")
@@ -70,6 +70,15 @@ def test_full_tuning_is_compared_with_its_file(runs):
     for name, norm in rows.items():
         change = (after[name] - before[name]).norm() / before[name].norm()
         assert norm == pytest.approx(change.item(), rel=1e-4), name
+
+
+def test_what_trained_in_place_beside_adapters_counts_too(base, tmp_path):
+    parts = {"blocks.0": FLoRA(rank=2), "blocks.1": Full()}
+    fit(tmp_path / "run", base, PerModule(parts))
+    named = {
+        row["weight"].partition(".attn")[0].partition(".mlp")[0] for row in table(tmp_path / "run")
+    }
+    assert named == {"blocks.0", "blocks.1"}
 
 
 def test_where_no_matrix_changed_there_is_no_picture(base, tmp_path):

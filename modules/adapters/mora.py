@@ -62,8 +62,9 @@ class MoRADelta(MatrixDelta):
         """M times the rotation of each chunk, along a diagonal of blocks."""
         side, kept = len(square), min(chunks, math.ceil(self.rows / len(square)))
         # In half precision the angles would be others than where it is merged.
-        wide = {"dtype": torch.promote_types(square.dtype, torch.float32), "device": square.device}
-        pairs, positions = torch.arange(0, side, 2, **wide), torch.arange(kept, **wide)
+        dtype, device = torch.promote_types(square.dtype, torch.float32), square.device
+        pairs = torch.arange(0, side, 2, dtype=dtype, device=device)
+        positions = torch.arange(kept, dtype=dtype, device=device)
         angles = torch.outer(positions, 10000.0 ** (-pairs / side)).repeat(1, 2).unsqueeze(1)
         left, right = square.chunk(2, 1)
         cosines, sines = angles.cos().to(square.dtype), angles.sin().to(square.dtype)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import shlex
 import shutil
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 from shell import files_below, litflora
 
 from litflora.commands import run_lock
-from litflora.commands.compare import data, folder, running
+from litflora.commands.compare import bar, data, folder, running, versions
 from litflora.commands.compare.choosing import Score, choose
-from litflora.report import Point, Report, page
+from litflora.report import Point, Report, Sweep, page
 from litflora.report.scatter import Mark, front
 
 TINY = {
@@ -80,7 +81,10 @@ def test_the_files_that_are_left(done):
     assert "adapter/adapter_model.safetensors" in kept
     assert not any(name.endswith(".ckpt") for name in kept)
     table = (out / "results.md").read_text().splitlines()
-    assert len(table) == 6  # head, rule, two cells, an empty line, what it says
+    lines = ["", "Figures are of one seed. Rates are chosen by validation alone.", ""]
+    assert table[4:7] == lines
+    assert table[7].startswith("    litflora compare quickstart --tunings FLoRA tuning/probe ")
+    assert f"    litflora test --adapter {run / 'adapter'}" in table
     assert table[0].startswith("| tuning | rank | lr | val/acc | test/acc | parameters |")
 
 
@@ -126,7 +130,7 @@ class Played:
         if rate in self.fails:
             raise RuntimeError(f"no good at {rate}")
         found = {"val/acc": self.val[rate], "test/acc": self.test[rate]}
-        trainer = SimpleNamespace(callback_metrics=found, checkpoint_callbacks=[])
+        trainer = SimpleNamespace(callback_metrics=found, checkpoint_callbacks=[], callbacks=[])
         return SimpleNamespace(model=SimpleNamespace(monitor="val/acc"), trainer=trainer)
 
 
@@ -135,7 +139,7 @@ def play(monkeypatch):
     def replace(*args, **kwargs):
         played = Played(*args, **kwargs)
         monkeypatch.setattr(running.train, "run", played)
-        monkeypatch.setattr(running.gc, "collect", lambda: 0)  # no Trainer is left behind
+        monkeypatch.setattr(bar.gc, "collect", lambda: 0)  # no Trainer is left behind
         return played
 
     return replace
@@ -237,15 +241,49 @@ def test_the_best_mean_over_all_seeds_is_chosen(scores, rate):
     assert choose(scores) == rate
 
 
-def test_the_version_of_data_follows_names_and_sizes(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jpg").write_text("12")
-    before = data.version(tmp_path)
-    assert data.version(tmp_path) == before
-    (tmp_path / "a" / "x.jpg").write_text("123")
-    larger = data.version(tmp_path)
-    (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "y.jpg")
-    assert len({before, larger, data.version(tmp_path)}) == 3
+def version(path, out="out"):
+    return versions.Versions(path / out).of({"root": [str(path)]})[str(path)]
+
+
+def test_the_version_of_a_folder_follows_names_sizes_and_times(tmp_path):
+    photo = tmp_path / "a" / "x.jpg"
+    photo.parent.mkdir()
+    photo.write_text("12")
+    os.utime(photo, (1, 1))
+    seen = [version(tmp_path)]
+    for own in ("out/fit.json", ".cache/x", ".x"):  # the compare's own, and what is hidden
+        (tmp_path / own).parent.mkdir(exist_ok=True)
+        (tmp_path / own).write_text("1")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    assert version(tmp_path) == seen[0]
+    photo.write_text("123")
+    os.utime(photo, (1, 1))
+    seen.append(version(tmp_path))
+    os.utime(photo, (2, 2))
+    seen.append(version(tmp_path))
+    photo.rename(tmp_path / "a" / "y.jpg")
+    assert len({*seen, version(tmp_path)}) == 4
+
+
+def test_the_version_of_a_file_is_what_is_in_it(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.write_text("12")
+    os.utime(weights, (1, 1))
+    before = version(weights)
+    os.utime(weights, (2, 2))
+    assert version(weights) == before
+    weights.write_text("21")
+    assert version(weights) != before
+    assert versions.Versions(tmp_path).of({"prompt": "x" * 300}) == {}  # longer than a name may be
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    seen = []
+    walk = os.walk
+    monkeypatch.setattr(versions.os, "walk", lambda path: seen.append(path) or walk(path))
+    read = versions.Versions(tmp_path / "out")
+    assert read.of([str(tmp_path)]) == read.of([str(tmp_path)])
+    assert seen == [tmp_path]
 
 
 # Mistakes ---------------------------------------------------------------------------------------
@@ -390,13 +428,18 @@ def test_the_page_says_what_came_out(html, done):
 
 def point(tmp_path, **changes):
     same = {"rank": None, "rate": 0.1, "val_metric": "val/acc", "test_metric": "test/acc"}
-    figures = {"parameters": 10, "saved_bytes": 0, "seconds": 1.0, "sweep": {0.1: 0.5}}
+    figures = {"parameters": 10, "saved_bytes": 0, "seconds": 1.0, "tests": ["again"]}
     runs = {"val": [0.5], "test": [0.5], "seeds": [0], "folders": [tmp_path], "commands": ["x"]}
     return Point(**{"tuning": "<b>", **same, **figures, **runs, **changes})
 
 
+def report(points, **changes):
+    same = {"recipe": "r", "command": "litflora compare r", "budget": [], "sweeps": []}
+    return page(Report(**{"points": points, **same, "errors": [], "undone": 0, **changes}))
+
+
 def test_names_are_text_and_one_point_is_enough(tmp_path):
-    html = page(Report("my & recipe", [("max_epochs", "1")], [point(tmp_path)], [], 0))
+    html = report([point(tmp_path)], recipe="my & recipe", budget=[("max_epochs", "1")])
     assert Reader(html).open == []
     assert "<b>" not in html
     assert "&lt;b&gt; on my &amp; recipe" in html
@@ -408,7 +451,7 @@ def test_seeds_are_shown_as_a_spread(tmp_path):
         folder_.mkdir()
         (folder_ / "metrics.csv").write_text(f"step,val/acc\n4,0.2\n9,{last}\n")
     runs = {"folders": folders, "seeds": [0, 1], "test": [0.4, 0.5], "val": [0.4, 0.6]}
-    html = page(Report("r", [], [point(tmp_path, **runs)], [], 0))
+    html = report([point(tmp_path, **runs)])
     assert "0.4500 ± 0.0707 over 2 seeds" in html
     assert html.count('class="bar"') == 3  # of the three costs
     assert html.count('class="band"') == 1
@@ -416,17 +459,18 @@ def test_seeds_are_shown_as_a_spread(tmp_path):
 
 
 def test_a_rate_at_the_end_of_what_was_tried_is_told(tmp_path):
-    tried = {0.01: 0.4, 0.1: 0.5, 1.0: math.nan}
-    inner = page(Report("r", [], [point(tmp_path, sweep=tried)], [], 0))
-    assert "<strong>0.5000</strong>" in inner
-    assert "failed" in inner
+    tried = {0.01: 0.4, 0.1: 0.5, 1.0: "failed"}
+    inner = report([point(tmp_path)], sweeps=[Sweep("<b>", [0.1], tried)])
+    assert '<th scope="col">tuning</th><th scope="col">0.01</th>' in inner
+    assert "<strong>0.5000</strong> (chosen)" in inner
+    assert "<td>failed</td>" in inner
     assert "Chosen at the end" not in inner
-    ends = page(Report("r", [], [point(tmp_path, sweep=tried, rate=0.01)], [], 0))
+    ends = report([point(tmp_path)], sweeps=[Sweep("<b>", [0.01], tried)])
     assert "may be better: &lt;b&gt;." in ends
 
 
 def test_a_page_before_anything_is_done():
-    html = page(Report("r", [], [], [("a", "it broke")], 3))
+    html = report([], errors=[("a", "it broke")], undone=3)
     assert Reader(html).open == []
     assert "No run has been tested yet." in html
     assert "3 runs are still to be done" in html
@@ -434,9 +478,9 @@ def test_a_page_before_anything_is_done():
 
 
 def test_what_runs_have_logged_of_their_source_is_shown(tmp_path):
-    assert "Learnt and forgotten" not in page(Report("r", [], [point(tmp_path)], [], 0))
+    assert "Learnt and forgotten" not in report([point(tmp_path)])
     (tmp_path / "metrics.csv").write_text("step,val/acc,source/acc\n1,0.1,\n1,,0.9\n2,0.2,0.75\n")
-    html = page(Report("r", [], [point(tmp_path)], [], 0))
+    html = report([point(tmp_path)])
     assert "Learnt and forgotten" in html
     assert "0.5 at 0.75" in html
 
@@ -447,7 +491,9 @@ def test_pictures_of_a_run_are_inside_the_page(tmp_path):
     for name in ("gallery/epoch_001.png", "gallery/epoch_002.png", "spectra.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (2000, 1000), "red").save(tmp_path / name)
-    found = Reader(page(Report("r", [], [point(tmp_path)], [], 0))).all("img")
+    (tmp_path / "spectra.csv").write_text("name,norm\nhead,0.5\n")
+    found = Reader(report([point(tmp_path)])).all("img")
+    assert found[1]["alt"].endswith(". Its figures: name,norm; head,0.5")
     assert [attrs["alt"].partition(": ")[2][:10] for attrs in found] == ["validation", "singular v"]
     assert all(len(attrs["src"]) < 20_000 for attrs in found)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -168,17 +168,9 @@ def cells(axes: Axes, out: Path) -> list[Cell]:
     """
     drafts = [draft for tuning in axes.tunings for draft in _drafts(axes, tuning)]
     equal.check({label(each.tuning, each.rank): each.settings for each in drafts})
-    _check_data(drafts)
+    data.check(drafts[0].made, any(len(draft.rates) > 1 for draft in drafts))  # all have the same
     read = versions.Versions(out)
     return [_cell(axes, draft, read) for draft in drafts]
-
-
-def _check_data(drafts: Sequence[Draft]) -> None:
-    """Sets up each of the data once."""
-    chooses = any(len(draft.rates) > 1 for draft in drafts)
-    distinct = {json.dumps(draft.settings["data"], sort_keys=True): draft.made for draft in drafts}
-    for made in distinct.values():
-        data.check(made, chooses)
 
 
 def _drafts(axes: Axes, tuning: str) -> Iterator[Draft]:

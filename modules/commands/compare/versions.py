@@ -14,7 +14,7 @@ import torch
 
 from ... import __version__
 
-_LIBRARIES = ("torch", "torchvision", "timm", "lightning")
+_LIBRARIES = ("torchvision", "timm", "lightning")
 
 
 def environment(accelerator: str | None) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def environment(accelerator: str | None) -> dict[str, Any]:
     """
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else platform.machine()
-    libraries = {name: version(name) for name in _LIBRARIES}
+    # torch's own version says which CUDA it was built for, too.
+    libraries = {"torch": torch.__version__, **{name: version(name) for name in _LIBRARIES}}
     return {"litflora": __version__, "libraries": libraries, "device": device}
 
 

@@ -1,6 +1,7 @@
 """`litflora compare`: what it runs, how it chooses, what it leaves, and when it refuses."""
 
 import csv
+import io
 import math
 import os
 import platform
@@ -23,6 +24,7 @@ from litflora.callbacks import Interruption
 from litflora.commands import run_lock
 from litflora.commands.compare import axes, bar, data, equal, folder, plan, running, versions
 from litflora.commands.compare.choosing import Score, choose
+from litflora.commands.compare.class_accuracy import ClassAccuracy
 from litflora.report import Point, Report, Sweep, page
 from litflora.report.scatter import Mark, front
 
@@ -302,7 +304,8 @@ def test_checkpoints_that_stay_cost_no_result(play, tmp_path, monkeypatch):
     assert seen == [True, True]
 
 
-def test_the_bar_counts_tests_and_looks_far_back(play, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("diverges", "total"), [([], 6), ([0.001, 0.01], 4)])
+def test_the_bar_counts_tests_and_looks_far_back(diverges, total, play, tmp_path, monkeypatch):
     shown = []
     progress = bar.progress
 
@@ -311,10 +314,10 @@ def test_the_bar_counts_tests_and_looks_far_back(play, tmp_path, monkeypatch):
         return shown[0]
 
     monkeypatch.setattr(running, "progress", watched)
-    play(VAL, TEST)
+    play(VAL, TEST, diverges=diverges)
     assert compare(tmp_path / "out", *LORA).code == 0
     (task,) = shown[0].tasks
-    assert (task.completed, task.total) == (6, 6)
+    assert (task.completed, task.total) == (total, total)
     assert shown[0].speed_estimate_period > 600
 
 
@@ -415,6 +418,17 @@ def test_data_are_fetched_before_they_are_hashed(monkeypatch, tmp_path):
     monkeypatch.setattr(versions.Versions, "of", lambda *_: seen.append("hashed"))
     plan.cells(axes.Axes("quickstart", ("Probe",), (), {"Probe": ()}, (0,), ()), tmp_path)
     assert seen == ["set up", "hashed"]
+
+
+def test_class_names_are_written_in_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, _=2: encoding or "ascii")
+    counted = ClassAccuracy()
+    labels = torch.tensor([0])
+    outputs = {"probs": torch.ones(1, 1), "labels": labels}
+    counted.on_test_batch_end(None, None, outputs, None, 0)
+    named = SimpleNamespace(class_names=["Käfer"])
+    counted.on_test_end(SimpleNamespace(log_dir=tmp_path), named)
+    assert "Käfer,1.0" in (tmp_path / "class_accuracy.csv").read_text(encoding="utf-8")
 
 
 def test_a_lock_is_never_on_a_file_that_was_replaced(tmp_path):
@@ -519,7 +533,7 @@ def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
         ),
         (["--tunings", "LoRA", "--adapter", "x"], "compare sets --adapter itself: give --tunings"),
         (["--tunings", "LoRA", "--config", "tuning/full"], "the options replace LoRA by Full"),
-        (["--tunings", "LoRA", "--model.tuning.class_path=Full"], "the options replace LoRA by"),
+        (["--tunings", "LoRA", "--model.tuning.class_path=Full"], "compare sets --model.tuning.cl"),
         (["--tunings", "LoRA", "--config", "trainer/lr_finder"], "would search for the learning"),
         (["--tunings", "LoRA", "LoftQ"], "set base_dtype to nf4"),
         (["--tunings", "LoRA", "--trainer.devices=2"], "a compare runs on one"),

@@ -22,6 +22,8 @@ _OWN = {
     "--model.init_args.lr": "--lrs",
     "--model.tuning": "--tunings",
     "--model.init_args.tuning": "--tunings",
+    "--model.tuning.class_path": "--tunings",
+    "--model.init_args.tuning.class_path": "--tunings",
     "--model.adapter": "--tunings",
     "--model.init_args.adapter": "--tunings",
     "--adapter": "--tunings",

@@ -28,7 +28,10 @@ class ClassTable(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         rows = list(zip(pl_module.class_names, scores, strict=True))
-        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows([("class", key), *((n, f"{s:.6f}") for n, s in rows)])
         rows.sort(key=lambda row: (isnan(row[1]), row[1]))
         lines = text_table(("class", title), [(name, f"{score:.3f}") for name, score in rows])

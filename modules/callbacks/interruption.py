@@ -40,6 +40,11 @@ class Interruption(Callback):
         self._agreed = 0
         self._run: Path | None = None
 
+    @property
+    def received(self) -> int:
+        """The signal that has come, also one that came too late to end the fit; 0 for none."""
+        return self._received
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the signals of an earlier fit."""
         self._received = self._agreed = 0

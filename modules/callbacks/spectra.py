@@ -97,7 +97,7 @@ def _trains_in_place(module: TuningModule) -> bool:
 
 def _write(report: SpectraReport, path: Path) -> None:
     head = ("weight", "kind", "shape", "rank", "relative_norm", "intruders")
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         for row in report.rows:

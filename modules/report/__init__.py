@@ -1,6 +1,6 @@
 """The page of a compare: one HTML file that asks the network for nothing."""
 
 from .page import page
-from .points import Point, Report
+from .points import Point, Report, Sweep
 
-__all__ = ["Point", "Report", "page"]
+__all__ = ["Point", "Report", "Sweep", "page"]

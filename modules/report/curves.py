@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -16,13 +17,14 @@ DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 
 
 def logged(folder: Path, metric: str) -> dict[int, float]:
-    """What a run has logged of a metric, by step."""
+    """What a run has logged of a metric, by step; what is no number is left out."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get(metric)]
-    return {int(row["step"]): float(row[metric]) for row in rows}
+    found = {int(row["step"]): float(row[metric]) for row in rows}
+    return {step: value for step, value in found.items() if math.isfinite(value)}
 
 
 def band(folders: Sequence[Path], metric: str) -> dict[int, list[float]]:

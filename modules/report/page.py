@@ -10,7 +10,7 @@ from html import escape
 from .. import __version__
 from . import pictures, tables
 from .curves import DASHES, curves, logged
-from .points import Point, Report, deviation, spread
+from .points import Point, Report, deviation, over, spread
 from .scatter import Mark, scatter
 from .style import STYLE
 from .svg import COLOURS, marker
@@ -43,16 +43,16 @@ def page(report: Report) -> str:
 
 def _sections(report: Report, series: dict[str, int]) -> tuple[list[str], list[str]]:
     """Headings, and what stands below each; what is empty is left out."""
-    points, tested = report.points, [point for point in report.points if point.test]
+    points, tested = report.points, [point for point in report.points if point.whole]
     found = {
         "Results": tables.results(points) if points else "",
         "What it costs": _costs(tested, series),
         "Learning curves": _curves(points, series),
-        "Learning rates": tables.sweeps(points) if points else "",
+        "Learning rates": tables.sweeps(report.sweeps, _swept_metric(points)),
         "Classes": tables.classes(points),
         "Learnt and forgotten": _forgetting(tested, series),
         "Pictures of the runs": _pictures(points),
-        "Commands": "".join(map(_commands, points)),
+        "Commands": f"<pre>{escape(report.command)}</pre>{''.join(map(_commands, points))}",
         "Failed runs": _errors(report.errors),
     }
     shown = {heading: body for heading, body in found.items() if body}
@@ -78,18 +78,21 @@ def _opening(title: str, report: Report) -> str:
 
 
 def _lead(points: Sequence[Point]) -> str:
-    """What came out, and how, in two sentences."""
-    tested = [point for point in points if point.test]
+    """What came out, and how: the best by validation, for the best by the test would flatter."""
+    tested = [point for point in points if point.whole]
     if not tested:
         return "No run has been tested yet."
-    low = tested[0].test_metric.endswith("loss")
-    best = (min if low else max)(tested, key=lambda p: statistics.mean(p.test))
-    seeds = len(best.seeds)
+    low = tested[0].val_metric.endswith("loss")
+    best = (min if low else max)(tested, key=lambda p: statistics.mean(p.val))
     return (
-        f"{best.label} has the best mean {best.test_metric}: {spread(best.test)} over {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'}. Each learning rate was chosen on the validation "
-        "data alone, and the test data were read for the chosen one only."
+        f"{best.label} has the best {best.val_metric}, and comes to {best.test_metric} "
+        f"{spread(best.test)} {over(len(best.seeds))}. Each learning rate was chosen on the "
+        "validation data alone, and the test data were read for the chosen one only."
     )
+
+
+def _swept_metric(points: Sequence[Point]) -> str:
+    return points[0].val_metric if points else "validation metric"
 
 
 def _marks(points: Sequence[Point], series: dict[str, int], cost: str) -> list[Mark]:
@@ -166,7 +169,7 @@ def _pictures(points: Sequence[Point]) -> str:
 
 
 def _commands(point: Point) -> str:
-    lines = "\n".join(map(escape, point.commands))
+    lines = "\n".join(map(escape, [*point.commands, *point.tests]))
     return f"<details><summary>{escape(point.label)}</summary><pre>{lines}</pre></details>"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from .points import Point
 
 WIDEST = 900  # pixels
+MOST_FIGURES = 600  # characters
 # What is shown of a run if it is there: where, and what it is. The last of several is taken.
 KINDS = (
     ("gallery/epoch_*.png", "validation samples and what the model makes of them"),
@@ -31,8 +33,17 @@ def pictures(point: Point) -> str:
 def _figure(path: Path, said: str) -> str:
     told = escape(said)
     source = inlined(path)
-    image = f'<img src="{source}" alt="{told}" loading="lazy">'
+    alt = escape(said + _data(path.with_suffix(".csv")))
+    image = f'<img src="{source}" alt="{alt}" loading="lazy">'
     return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
+
+
+def _data(path: Path) -> str:
+    """The beginning of the table beside a picture, for those who do not see it."""
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return f". Its figures: {textwrap.shorten('; '.join(lines), MOST_FIGURES, placeholder=' ...')}"
 
 
 def inlined(path: Path) -> str:

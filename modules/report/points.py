@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Point:
         seconds: Mean length of a training, with its validations.
         folders: The runs.
         commands: What makes the same runs again.
-        sweep: Mean validation metric of each rate; nan where a run has failed.
+        tests: What tests their adapters again.
     """
 
     tuning: str
@@ -42,12 +43,23 @@ class Point:
     seconds: float
     folders: list[Path]
     commands: list[str]
-    sweep: dict[float | None, float]
+    tests: list[str]
 
     @property
     def label(self) -> str:
         """Tuning and rank, for people."""
         return self.tuning if self.rank is None else f"{self.tuning} r={self.rank}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether all seeds were tested, and came to numbers: only then means can be compared."""
+        return len(self.test) == len(self.seeds) and all(map(math.isfinite, self.test))
+
+    def tested(self) -> str:
+        """The test metric, and of how many seeds if those are not all."""
+        some = 0 < len(self.test) < len(self.seeds)
+        of = f" ({len(self.test)} of {len(self.seeds)} seeds)" if some else ""
+        return spread(self.test) + of
 
     def cells(self) -> tuple[str, ...]:
         """The point as a row of a table."""
@@ -56,11 +68,26 @@ class Point:
             "" if self.rank is None else str(self.rank),
             rate_text(self.rate),
             spread(self.val),
-            spread(self.test),
+            self.tested(),
             f"{self.parameters:,}",
             f"{self.saved_bytes / 2**20:.3g} MiB",
             f"{self.seconds:.3g}",
         )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The rates of one tuning at one rank.
+
+    Attributes:
+        label: Tuning and rank, for people.
+        chosen: The chosen rate; nothing before all have run, or if none has come to a number.
+        values: Mean validation metric of each rate, or why there is none.
+    """
+
+    label: str
+    chosen: list[float | None]
+    values: dict[float | None, float | str]
 
 
 @dataclass(frozen=True)
@@ -69,23 +96,29 @@ class Report:
 
     Attributes:
         recipe: What was tuned.
+        command: What makes all of it again.
         budget: What every run had, as name and value.
-        points: One for each tuning and rank.
+        points: One for each tuning and rank that has a chosen rate.
+        sweeps: One for each tuning and rank.
         errors: The runs that have failed, and why.
         undone: How many runs are still to be done.
     """
 
     recipe: str
+    command: str
     budget: list[tuple[str, str]]
     points: list[Point]
+    sweeps: list[Sweep]
     errors: list[tuple[str, str]]
     undone: int
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation if there are several."""
+    """Mean, and standard deviation if there are several; nan if one of them is no number."""
     if not values:
         return ""
+    if not all(map(math.isfinite, values)):
+        return "nan"
     mean = f"{statistics.mean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
@@ -93,6 +126,16 @@ def spread(values: Sequence[float]) -> str:
 def deviation(values: Sequence[float]) -> float:
     """The standard deviation; 0 of one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def over(seeds: int) -> str:
+    """How many runs a figure is of, for people."""
+    return "of one seed" if seeds == 1 else f"over {seeds} seeds"
+
+
+def averaged(seeds: int) -> str:
+    """What the figures of a table are."""
+    return "Figures are of one seed" if seeds == 1 else f"Mean ± standard deviation {over(seeds)}"
 
 
 def rate_text(rate: float | None) -> str:

@@ -41,7 +41,9 @@ def front(marks: Sequence[Mark], low_x: bool, low_y: bool) -> list[Mark]:
     sign_x, sign_y = 1 if low_x else -1, 1 if low_y else -1
     found: list[Mark] = []
     for mark in sorted(marks, key=lambda m: (sign_x * m.x, sign_y * m.y)):
-        if not found or sign_y * mark.y < sign_y * found[-1].y:
+        last = found[-1] if found else None
+        tie = last is not None and (mark.x, mark.y) == (last.x, last.y)
+        if last is None or tie or sign_y * mark.y < sign_y * last.y:
             found.append(mark)
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from .points import Point, rate_text
+from .points import Point, Sweep, averaged, rate_text
 
 MOST_CLASSES = 30
 
@@ -34,11 +34,11 @@ def table(caption: str, head: Sequence[str], body: Iterable[Sequence[str]]) -> s
 
 
 def results(points: Sequence[Point]) -> str:
-    """A row for each tuning and rank; the best mean of the test metric is marked."""
+    """A row for each tuning and rank; the best mean of the test metric over all seeds is marked."""
     first = points[0]
     head = ("tuning", "rank", "lr", first.val_metric, first.test_metric)
     costs = ("parameters", "kept for backward", "seconds")
-    means = [statistics.mean(p.test) if p.test else math.nan for p in points]
+    means = [statistics.mean(p.test) if p.whole else math.nan for p in points]
     finite = [mean for mean in means if math.isfinite(mean)]
     low = first.test_metric.endswith("loss")
     best = (min if low else max)(finite) if finite else math.nan
@@ -47,37 +47,34 @@ def results(points: Sequence[Point]) -> str:
         cells = [escape(cell) for cell in point.cells()]
         cells[4] = f"<strong>{cells[4]}</strong>" if mean == best else cells[4]
         body.append(cells)
-    caption = f"Mean ± standard deviation over {len(first.seeds)} seeds; the best mean is bold"
+    caption = f"{averaged(len(first.seeds))}; the best {first.test_metric} is bold"
     return table(caption, [*map(escape, head), *costs], body)
 
 
-def sweeps(points: Sequence[Point]) -> str:
+def sweeps(found: Sequence[Sweep], metric: str) -> str:
     """The validation metric at each rate, the chosen one marked, and which lie at an end.
 
-    Nothing if none was to choose.
+    Nothing if none was to choose, and all have come to a number.
     """
-    if all(len(point.sweep) < 2 for point in points):
+    several = [sweep for sweep in found if len(sweep.values) > 1]
+    if not several and all(sweep.chosen for sweep in found):
         return ""
-    rates = sorted({rate for point in points for rate in point.sweep if rate is not None})
-    body = []
-    for point in points:
-        values = [_swept(point, rate) for rate in rates]
-        body.append([escape(point.label), *values])
-    caption = f"Mean {points[0].val_metric} at each rate; the chosen rate is bold"
-    ends = [p.label for p in points if len(p.sweep) > 1 and p.rate in (min(p.sweep), max(p.sweep))]
+    tried = {rate for sweep in found for rate in sweep.values}
+    rates = [*sorted(rate for rate in tried if rate is not None), *({None} & tried)]
+    body = [[escape(sweep.label), *(_swept(sweep, rate) for rate in rates)] for sweep in found]
+    caption = f"Mean {metric} at each rate; the chosen rate is bold"
+    ends = [s.label for s in several if {min(s.values), max(s.values)} & set(s.chosen)]
     told = (
         '<p class="soft">Chosen at the end of what was tried, so that a rate beyond it may be '
         f"better: {escape(', '.join(ends))}.</p>"
     )
-    return table(caption, ["", *map(rate_text, rates)], body) + (told if ends else "")
+    return table(caption, ["tuning", *map(rate_text, rates)], body) + (told if ends else "")
 
 
-def _swept(point: Point, rate: float) -> str:
-    value = point.sweep.get(rate)
-    if value is None:
-        return ""
-    text = f"{value:.4f}" if math.isfinite(value) else "failed"
-    return f"<strong>{text}</strong>" if rate == point.rate else text
+def _swept(sweep: Sweep, rate: float | None) -> str:
+    value = sweep.values.get(rate, "")
+    text = value if isinstance(value, str) else f"{value:.4f}"
+    return f"<strong>{text}</strong> (chosen)" if rate in sweep.chosen else text
 
 
 def classes(points: Sequence[Point]) -> str:
@@ -107,7 +104,7 @@ def _class_scores(point: Point) -> dict[str, float]:
     """The mean over seeds of each class's score."""
     found: dict[str, list[float]] = {}
     for path in _class_files(point):
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for name, score in list(csv.reader(file))[1:]:
                 found.setdefault(name, []).append(float(score))
     return {name: statistics.mean(scores) for name, scores in found.items()}

@@ -1,23 +1,31 @@
 """`litflora compare`: what it runs, how it chooses, what it leaves, and when it refuses."""
 
 import csv
+import io
 import math
+import os
+import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from shell import files_below, litflora
 
+from litflora.adapters import FLoRA, LoRA
+from litflora.callbacks import Interruption
 from litflora.commands import run_lock
-from litflora.commands.compare import data, folder, running
+from litflora.commands.compare import axes, bar, data, equal, folder, plan, running, versions
 from litflora.commands.compare.choosing import Score, choose
-from litflora.report import Point, Report, page
+from litflora.commands.compare.class_accuracy import ClassAccuracy
+from litflora.report import Point, Report, Sweep, page
 from litflora.report.scatter import Mark, front
 
 TINY = {
@@ -80,7 +88,10 @@ def test_the_files_that_are_left(done):
     assert "adapter/adapter_model.safetensors" in kept
     assert not any(name.endswith(".ckpt") for name in kept)
     table = (out / "results.md").read_text().splitlines()
-    assert len(table) == 6  # head, rule, two cells, an empty line, what it says
+    lines = ["", "Figures are of one seed. Rates are chosen by validation alone.", ""]
+    assert table[4:7] == lines
+    assert table[7].startswith("    litflora compare quickstart --tunings FLoRA tuning/probe ")
+    assert f"    litflora test --adapter {run / 'adapter'}" in table
     assert table[0].startswith("| tuning | rank | lr | val/acc | test/acc | parameters |")
 
 
@@ -114,8 +125,9 @@ def test_a_finished_compare_runs_nothing(done, monkeypatch):
 class Played:
     """Stands for `train.run`: gives planted metrics by learning rate."""
 
-    def __init__(self, val, test, stop_at=None, fails=()):
-        self.val, self.test, self.stop_at, self.fails = val, test, stop_at, fails
+    def __init__(self, val, test, stop_at=None, fails=(), diverges=(), callbacks=()):
+        self.val, self.test, self.stop_at = val, test, stop_at
+        self.fails, self.diverges, self.callbacks = fails, diverges, callbacks
         self.calls = []
 
     def __call__(self, command, args, watching):
@@ -125,8 +137,13 @@ class Played:
             raise KeyboardInterrupt
         if rate in self.fails:
             raise RuntimeError(f"no good at {rate}")
-        found = {"val/acc": self.val[rate], "test/acc": self.test[rate]}
-        trainer = SimpleNamespace(callback_metrics=found, checkpoint_callbacks=[])
+        if rate in self.diverges:
+            raise FloatingPointError("loss or gradients were not finite")
+        planted = {"val/acc": self.val.get(rate), "test/acc": self.test.get(rate)}
+        found = {name: value for name, value in planted.items() if value is not None}
+        trainer = SimpleNamespace(
+            callback_metrics=found, checkpoint_callbacks=[], callbacks=self.callbacks
+        )
         return SimpleNamespace(model=SimpleNamespace(monitor="val/acc"), trainer=trainer)
 
 
@@ -135,7 +152,7 @@ def play(monkeypatch):
     def replace(*args, **kwargs):
         played = Played(*args, **kwargs)
         monkeypatch.setattr(running.train, "run", played)
-        monkeypatch.setattr(running.gc, "collect", lambda: 0)  # no Trainer is left behind
+        monkeypatch.setattr(bar.gc, "collect", lambda: 0)  # no Trainer is left behind
         return played
 
     return replace
@@ -214,6 +231,218 @@ def test_two_at_once_are_refused(play, tmp_path):
     folder.take(tmp_path / "out")  # which is free again
 
 
+# What may go wrong in the middle -----------------------------------------------------------------
+
+
+ONE_RATE = ("--tunings", "LoRA", "--lrs", "1e-3", "--seeds", 3, 4)
+
+
+def test_a_value_that_is_no_number_is_a_result(play, tmp_path):
+    played = play({0.001: 0.5, 0.01: math.nan}, {0.001: math.inf})
+    told = compare(tmp_path / "out", *LORA)
+    assert told.code == 0, told.err
+    assert [call[1] for call in played.calls if call[0] == "test"] == [0.001, 0.001]
+    assert "| 0.001 | 0.5000 ± 0.0000 | nan |" in (tmp_path / "out" / "results.md").read_text()
+    assert "<td>nan</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_rate_that_diverges_is_a_result_and_not_tried_again(play, tmp_path):
+    play(VAL, TEST, diverges=[0.01])
+    told = compare(tmp_path / "out", *LORA)
+    assert told.code == 0, told.err
+    assert "LoRA-r8-lr0.01-seed3: val/acc nan after" in told.err
+    rows = rows_of(tmp_path / "out")
+    assert [row["val/acc"] for row in rows] == ["0.5", "0.5", "nan", "nan"]
+    assert [row["chosen"] for row in rows] == ["1", "1", "0", "0"]
+    again = play(VAL, TEST)
+    assert compare(tmp_path / "out", *LORA).code == 0
+    assert not again.calls
+
+
+def test_a_test_that_logs_nothing_is_told(play, tmp_path):
+    play({0.001: 0.5}, {})
+    told = compare(tmp_path / "out", *ONE_RATE)
+    assert told.code == 2
+    assert "failed: no test/acc was logged: a compare needs a test" in told.err
+
+
+def test_nothing_is_chosen_before_all_rates_have_run(play, tmp_path):
+    play(VAL, TEST, stop_at=4)
+    assert compare(tmp_path / "out", *LORA).code == 130
+    assert {row["chosen"] for row in rows_of(tmp_path / "out")} == {"0"}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<td>0.5000</td><td>not done</td>" in html
+    assert "(chosen)" not in html
+
+
+def test_a_page_that_breaks_does_not_hide_what_has_happened(play, tmp_path, monkeypatch):
+    play(VAL, TEST, stop_at=3)
+    monkeypatch.setattr(running.results, "page", lambda *_: 1 / 0)
+    assert compare(tmp_path / "out", *LORA).code == 130
+    assert len(rows_of(tmp_path / "out")) == 4  # the tables are written after each run
+
+
+def test_a_signal_in_the_last_validation_ends_the_compare(play, tmp_path):
+    late = Interruption()
+    late._received = signal.SIGTERM
+    played = play(VAL, TEST, callbacks=[late])
+    assert compare(tmp_path / "out", *LORA).code == 143
+    assert len(played.calls) == 1
+    play(VAL, TEST)
+    assert "4 runs, 1 found done" in compare(tmp_path / "out", *LORA).out
+
+
+def test_checkpoints_that_stay_cost_no_result(play, tmp_path, monkeypatch):
+    play({0.001: 0.5}, {0.001: 0.5})
+    seen = []
+    monkeypatch.setattr(
+        running.shutil,
+        "rmtree",
+        lambda path, ignore_errors: seen.append((path.parent / "fit.json").is_file()),
+    )
+    assert compare(tmp_path / "out", *ONE_RATE).code == 0
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize(("diverges", "total"), [([], 6), ([0.001, 0.01], 4)])
+def test_the_bar_counts_tests_and_looks_far_back(diverges, total, play, tmp_path, monkeypatch):
+    shown = []
+    progress = bar.progress
+
+    def watched():
+        shown.append(progress())
+        return shown[0]
+
+    monkeypatch.setattr(running, "progress", watched)
+    play(VAL, TEST, diverges=diverges)
+    assert compare(tmp_path / "out", *LORA).code == 0
+    (task,) = shown[0].tasks
+    assert (task.completed, task.total) == (total, total)
+    assert shown[0].speed_estimate_period > 600
+
+
+def test_models_are_let_go_of_before_the_first_run(play, tmp_path, monkeypatch):
+    seen = []
+    run_all = running.run_all
+    watched = lambda cells, *rest: seen.extend(cells) or run_all(cells, *rest)  # noqa: E731
+    monkeypatch.setattr(running, "run_all", watched)
+    play({0.001: 0.5}, {0.001: 0.5})
+    assert compare(tmp_path / "out", *ONE_RATE).code == 0
+    assert [cell.made for cell in seen] == [None]
+
+
+# What the runs are told ---------------------------------------------------------------------------
+
+
+def drafts(recipe, *tunings, options=()):
+    tuning = dict.fromkeys(tunings, ())
+    return [
+        draft
+        for name in tunings
+        for draft in plan._drafts(axes.Axes(recipe, tunings, (), tuning, (0,), options), name)
+    ]
+
+
+def test_each_method_has_its_own_defaults():
+    lora, flora = drafts("quickstart", "LoRA", "FLoRA")  # whose recipe has FLoRA at rank 4
+    assert lora.made.model.tuning == LoRA()
+    assert flora.made.model.tuning == FLoRA()
+    (told,) = drafts("quickstart", "LoRA", options=("--model.tuning.alpha", "3"))
+    assert told.made.model.tuning == LoRA(alpha=3)
+
+
+def test_a_rate_of_the_recipe_is_kept(tmp_path):
+    overlay = tmp_path / "own.yaml"
+    overlay.write_text("model:\n  init_args:\n    lr: 0.3\n")
+    (own,) = drafts("quickstart", "LoRA", options=("--config", str(overlay)))
+    assert own.rates == (None,)
+    per_module = tmp_path / "parts.yaml"
+    per_module.write_text(
+        "model:\n  init_args:\n    tuning:\n      class_path: litflora.adapters.PerModule\n"
+        "      init_args:\n        modules:\n          stages:\n            class_path: FLoRA\n"
+    )
+    (parts,) = drafts("quickstart", str(per_module))
+    assert parts.rates == (0.005,)  # FLoRA's, as in a fit
+
+
+def test_rates_are_told_in_full(play, tmp_path):
+    rate = "0.0012345678"
+    play({float(rate): 0.5}, {float(rate): 0.5})
+    assert compare(tmp_path / "out", "--tunings", "LoRA", "--lrs", rate).code == 0
+    assert f"--model.lr {rate} " in rows_of(tmp_path / "out")[0]["command"]
+
+
+def test_names_of_runs_fit_on_a_disk():
+    run = plan.Run(f"{'long/' * 60}end.yaml", 8, 0.1, 3, "r", (), {})
+    assert len(run.short_name) == 80
+    assert run.short_name.endswith("_end.yaml-r8-lr0.1-seed3")
+
+
+def budget(**changes):
+    data = {"class_path": "x.Shapes", "init_args": {"batch_size": 8, **changes.pop("data", {})}}
+    return {"data": data, "trainer": {"max_epochs": 3, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (budget(max_epochs=4), "trainer.max_epochs is 4 for b, and 3 for a:\nleave it to the"),
+        (budget(limit_train_batches=2), "trainer.limit_train_batches is 2 for b"),
+        (budget(data={"batch_size": 9}), "data.batch_size is 9 for b, and 8 for a"),
+        (budget(data={"root": "x"}), "data.root is x for b, and None for a"),
+        (
+            budget(callbacks=[{"class_path": "litflora.callbacks.BatchSizeFinder"}]),
+            "BatchSizeFinder would search for the batch size of each run of b",
+        ),
+        (
+            budget(callbacks=[{"class_path": "litflora.callbacks.LearningRateFinder"}]),
+            "LearningRateFinder would search for the learning rate",
+        ),
+    ],
+)
+def test_budgets_are_equal(other, message):
+    equal.check({"a": budget(), "b": budget(callbacks=[{"class_path": "x.LISA"}])})
+    with pytest.raises(ValueError, match=message):
+        equal.check({"a": budget(), "b": other})
+
+
+def test_what_runs_depend_on_names_them():
+    found = versions.environment("cpu")
+    assert found["libraries"]["torch"] == torch.__version__
+    assert found["device"] == platform.machine()
+
+
+def test_data_are_fetched_before_they_are_hashed(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(plan.data, "check", lambda *_: seen.append("set up"))
+    monkeypatch.setattr(versions.Versions, "of", lambda *_: seen.append("hashed"))
+    plan.cells(axes.Axes("quickstart", ("Probe",), (), {"Probe": ()}, (0,), ()), tmp_path)
+    assert seen == ["set up", "hashed"]
+
+
+def test_class_names_are_written_in_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, _=2: encoding or "ascii")
+    counted = ClassAccuracy()
+    labels = torch.tensor([0])
+    outputs = {"probs": torch.ones(1, 1), "labels": labels}
+    counted.on_test_batch_end(None, None, outputs, None, 0)
+    named = SimpleNamespace(class_names=["Käfer"])
+    counted.on_test_end(SimpleNamespace(log_dir=tmp_path), named)
+    assert "Käfer,1.0" in (tmp_path / "class_accuracy.csv").read_text(encoding="utf-8")
+
+
+def test_a_lock_is_never_on_a_file_that_was_replaced(tmp_path):
+    left = tmp_path / ".compare.1-2.txt"  # of a process that was killed
+    left.write_text("")
+    folder.check(tmp_path)
+    (tmp_path / "compare.txt").write_text("")
+    before = (tmp_path / "compare.txt").stat().st_ino
+    with run_lock.released():
+        folder.take(tmp_path)
+    assert (tmp_path / "compare.txt").stat().st_ino == before
+    assert "litflora compare" in (tmp_path / "compare.txt").read_text()
+
+
 # Choosing ---------------------------------------------------------------------------------------
 
 
@@ -237,15 +466,49 @@ def test_the_best_mean_over_all_seeds_is_chosen(scores, rate):
     assert choose(scores) == rate
 
 
-def test_the_version_of_data_follows_names_and_sizes(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jpg").write_text("12")
-    before = data.version(tmp_path)
-    assert data.version(tmp_path) == before
-    (tmp_path / "a" / "x.jpg").write_text("123")
-    larger = data.version(tmp_path)
-    (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "y.jpg")
-    assert len({before, larger, data.version(tmp_path)}) == 3
+def version(path, out="out"):
+    return versions.Versions(path / out).of({"root": [str(path)]})[str(path)]
+
+
+def test_the_version_of_a_folder_follows_names_sizes_and_times(tmp_path):
+    photo = tmp_path / "a" / "x.jpg"
+    photo.parent.mkdir()
+    photo.write_text("12")
+    os.utime(photo, (1, 1))
+    seen = [version(tmp_path)]
+    for own in ("out/fit.json", ".cache/x", ".x"):  # the compare's own, and what is hidden
+        (tmp_path / own).parent.mkdir(exist_ok=True)
+        (tmp_path / own).write_text("1")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    assert version(tmp_path) == seen[0]
+    photo.write_text("123")
+    os.utime(photo, (1, 1))
+    seen.append(version(tmp_path))
+    os.utime(photo, (2, 2))
+    seen.append(version(tmp_path))
+    photo.rename(tmp_path / "a" / "y.jpg")
+    assert len({*seen, version(tmp_path)}) == 4
+
+
+def test_the_version_of_a_file_is_what_is_in_it(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.write_text("12")
+    os.utime(weights, (1, 1))
+    before = version(weights)
+    os.utime(weights, (2, 2))
+    assert version(weights) == before
+    weights.write_text("21")
+    assert version(weights) != before
+    assert versions.Versions(tmp_path).of({"prompt": "x" * 300}) == {}  # longer than a name may be
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    seen = []
+    walk = os.walk
+    monkeypatch.setattr(versions.os, "walk", lambda path: seen.append(path) or walk(path))
+    read = versions.Versions(tmp_path / "out")
+    assert read.of([str(tmp_path)]) == read.of([str(tmp_path)])
+    assert seen == [tmp_path]
 
 
 # Mistakes ---------------------------------------------------------------------------------------
@@ -264,6 +527,15 @@ def test_the_version_of_data_follows_names_and_sizes(tmp_path):
         (["--tunings", "LoRA", "--lrs", "fast"], "--lrs takes numbers above 0, or NAME=RATE"),
         (["--tunings", "LoRA", "--lrs", "Full=1"], "'Full' is none of the tunings LoRA"),
         (["--tunings", "LoRA", "--model.lr", "1"], "compare sets --model.lr itself: give --lrs"),
+        (
+            ["--tunings", "AdaLoRA"],
+            "no budget by itself, and no rank would change:\n       name tun",
+        ),
+        (["--tunings", "LoRA", "--adapter", "x"], "compare sets --adapter itself: give --tunings"),
+        (["--tunings", "LoRA", "--config", "tuning/full"], "the options replace LoRA by Full"),
+        (["--tunings", "LoRA", "--model.tuning.class_path=Full"], "compare sets --model.tuning.cl"),
+        (["--tunings", "LoRA", "--config", "trainer/lr_finder"], "would search for the learning"),
+        (["--tunings", "LoRA", "LoftQ"], "set base_dtype to nf4"),
         (["--tunings", "LoRA", "--trainer.devices=2"], "a compare runs on one"),
         (["--tunings", "LoRA", "--model.tuning.rnk", "1"], "LoRA has no option 'rnk'"),
         (["--tunings", "LoRA", "--model.tuning.targets", "[nowhere]"], "nowhere"),
@@ -390,13 +662,18 @@ def test_the_page_says_what_came_out(html, done):
 
 def point(tmp_path, **changes):
     same = {"rank": None, "rate": 0.1, "val_metric": "val/acc", "test_metric": "test/acc"}
-    figures = {"parameters": 10, "saved_bytes": 0, "seconds": 1.0, "sweep": {0.1: 0.5}}
+    figures = {"parameters": 10, "saved_bytes": 0, "seconds": 1.0, "tests": ["again"]}
     runs = {"val": [0.5], "test": [0.5], "seeds": [0], "folders": [tmp_path], "commands": ["x"]}
     return Point(**{"tuning": "<b>", **same, **figures, **runs, **changes})
 
 
+def report(points, **changes):
+    same = {"recipe": "r", "command": "litflora compare r", "budget": [], "sweeps": []}
+    return page(Report(**{"points": points, **same, "errors": [], "undone": 0, **changes}))
+
+
 def test_names_are_text_and_one_point_is_enough(tmp_path):
-    html = page(Report("my & recipe", [("max_epochs", "1")], [point(tmp_path)], [], 0))
+    html = report([point(tmp_path)], recipe="my & recipe", budget=[("max_epochs", "1")])
     assert Reader(html).open == []
     assert "<b>" not in html
     assert "&lt;b&gt; on my &amp; recipe" in html
@@ -408,25 +685,60 @@ def test_seeds_are_shown_as_a_spread(tmp_path):
         folder_.mkdir()
         (folder_ / "metrics.csv").write_text(f"step,val/acc\n4,0.2\n9,{last}\n")
     runs = {"folders": folders, "seeds": [0, 1], "test": [0.4, 0.5], "val": [0.4, 0.6]}
-    html = page(Report("r", [], [point(tmp_path, **runs)], [], 0))
+    html = report([point(tmp_path, **runs)])
     assert "0.4500 ± 0.0707 over 2 seeds" in html
     assert html.count('class="bar"') == 3  # of the three costs
     assert html.count('class="band"') == 1
     assert "At the end: &lt;b&gt; 0.5." in html
 
 
+def test_what_is_no_number_breaks_no_page(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "step,val/acc,source/acc\n4,0.2,nan\n9,nan,0.5\n14,inf,\n"
+    )
+    broken = point(tmp_path, test=[math.nan, 0.5], val=[0.1, 0.2], seeds=[0, 1])
+    html = report([broken], sweeps=[Sweep("<b>", [], {0.1: math.nan, 0.2: "not done"})])
+    assert "<td>nan</td>" in html
+    assert "<td>nan</td><td>not done</td>" in html
+    assert "At the end: &lt;b&gt; 0.2." in html
+
+
+def test_a_mean_over_fewer_seeds_is_told_and_never_the_best(tmp_path):
+    seeds = {"seeds": [0, 1], "val": [0.5, 0.5]}
+    some = point(tmp_path, tuning="some", test=[0.9], **seeds)
+    html = report([some, point(tmp_path, tuning="all", test=[0.4, 0.5], **seeds)])
+    assert "<td>0.9000 (1 of 2 seeds)</td>" in html
+    assert "<strong>0.4500 ± 0.0707</strong>" in html
+    assert '<p class="lead">all has the best' in html
+    assert "Mean ± standard deviation over 2 seeds" in html
+
+
+def test_the_opening_names_the_best_by_validation(tmp_path):
+    flattered = point(tmp_path, tuning="flattered", val=[0.4], test=[0.9])
+    html = report([flattered, point(tmp_path, tuning="best", val=[0.6], test=[0.5])])
+    assert "best has the best val/acc, and comes to test/acc 0.5000 of one seed." in html
+    assert "Figures are of one seed; the best test/acc is bold" in html
+
+
+def test_the_page_holds_the_commands(tmp_path):
+    html = report([point(tmp_path)], command="litflora compare 'my recipe'")
+    assert "<pre>litflora compare &#x27;my recipe&#x27;</pre>" in html
+    assert "<pre>x\nagain</pre>" in html
+
+
 def test_a_rate_at_the_end_of_what_was_tried_is_told(tmp_path):
-    tried = {0.01: 0.4, 0.1: 0.5, 1.0: math.nan}
-    inner = page(Report("r", [], [point(tmp_path, sweep=tried)], [], 0))
-    assert "<strong>0.5000</strong>" in inner
-    assert "failed" in inner
+    tried = {0.01: 0.4, 0.1: 0.5, 1.0: "failed"}
+    inner = report([point(tmp_path)], sweeps=[Sweep("<b>", [0.1], tried)])
+    assert '<th scope="col">tuning</th><th scope="col">0.01</th>' in inner
+    assert "<strong>0.5000</strong> (chosen)" in inner
+    assert "<td>failed</td>" in inner
     assert "Chosen at the end" not in inner
-    ends = page(Report("r", [], [point(tmp_path, sweep=tried, rate=0.01)], [], 0))
+    ends = report([point(tmp_path)], sweeps=[Sweep("<b>", [0.01], tried)])
     assert "may be better: &lt;b&gt;." in ends
 
 
 def test_a_page_before_anything_is_done():
-    html = page(Report("r", [], [], [("a", "it broke")], 3))
+    html = report([], errors=[("a", "it broke")], undone=3)
     assert Reader(html).open == []
     assert "No run has been tested yet." in html
     assert "3 runs are still to be done" in html
@@ -434,9 +746,9 @@ def test_a_page_before_anything_is_done():
 
 
 def test_what_runs_have_logged_of_their_source_is_shown(tmp_path):
-    assert "Learnt and forgotten" not in page(Report("r", [], [point(tmp_path)], [], 0))
+    assert "Learnt and forgotten" not in report([point(tmp_path)])
     (tmp_path / "metrics.csv").write_text("step,val/acc,source/acc\n1,0.1,\n1,,0.9\n2,0.2,0.75\n")
-    html = page(Report("r", [], [point(tmp_path)], [], 0))
+    html = report([point(tmp_path)])
     assert "Learnt and forgotten" in html
     assert "0.5 at 0.75" in html
 
@@ -447,7 +759,9 @@ def test_pictures_of_a_run_are_inside_the_page(tmp_path):
     for name in ("gallery/epoch_001.png", "gallery/epoch_002.png", "spectra.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (2000, 1000), "red").save(tmp_path / name)
-    found = Reader(page(Report("r", [], [point(tmp_path)], [], 0))).all("img")
+    (tmp_path / "spectra.csv").write_text("name,norm\nhead,0.5\n")
+    found = Reader(report([point(tmp_path)])).all("img")
+    assert found[1]["alt"].endswith(". Its figures: name,norm; head,0.5")
     assert [attrs["alt"].partition(": ")[2][:10] for attrs in found] == ["validation", "singular v"]
     assert all(len(attrs["src"]) < 20_000 for attrs in found)
 
@@ -460,6 +774,11 @@ def test_the_front(low_x, low_y, best):
     places = {"a": (1, 0.5), "b": (2, 0.55), "c": (2, 0.9), "d": (3, 0.6)}
     marks = [Mark(name, "", 0, x, y, 0.0) for name, (x, y) in places.items()]
     assert "".join(mark.label for mark in front(marks, low_x, low_y)) == best
+
+
+def test_equals_are_both_on_the_front():
+    marks = [Mark(name, "", 0, x, 0.5, 0.0) for name, x in {"a": 1, "b": 1, "c": 2}.items()]
+    assert [mark.label for mark in front(marks, low_x=True, low_y=False)] == ["a", "b"]
 
 
 # A browser --------------------------------------------------------------------------------------

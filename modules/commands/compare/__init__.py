@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from . import folder, plan, running
 
     folder.check(args.out)
-    cells = plan.cells(chosen)
+    cells = plan.cells(chosen, args.out)
     figures = running.prepare(cells, args.out)
     with run_lock.released():
         folder.take(args.out)
-        running.run_all(cells, args.out, figures)
+        running.run_all(cells, args.out, axes.command(args), figures)

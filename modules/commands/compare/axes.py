@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,12 +22,17 @@ _OWN = {
     "--model.init_args.lr": "--lrs",
     "--model.tuning": "--tunings",
     "--model.init_args.tuning": "--tunings",
+    "--model.tuning.class_path": "--tunings",
+    "--model.init_args.tuning.class_path": "--tunings",
     "--model.adapter": "--tunings",
     "--model.init_args.adapter": "--tunings",
+    "--adapter": "--tunings",
     "--trainer.logger": "--out",
     "--trainer.default_root_dir": "--out",
     "--trainer.devices": "no number of devices: a compare runs on one",
 }
+# What is nothing by itself, and the recipe that brings what it lacks.
+_LACKING = {"AdaLoRA": "tuning/adalora"}
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,20 @@ def read(args: argparse.Namespace) -> Axes:
     )
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command line that was typed."""
+    axes = {"tunings": args.tunings, "ranks": args.ranks, "lrs": args.lrs, "seeds": args.seeds}
+    named = {**axes, "out": [str(args.out)]}
+    words = [word for name, given in named.items() if given for word in (f"--{name}", *given)]
+    return shlex.join(["litflora", "compare", args.recipe, *words, *args.overrides])
+
+
 def known() -> list[str]:
     """The tunings that a compare can name: all that stand alone and train something."""
     from ... import adapters
     from ...adapters.tuning import Tuning
 
-    general = ("DeltaTuning", "Frozen", "PerModule", "Selective", "Tuning")
+    general = ("DeltaTuning", "Frozen", "PerModule", "Selective", "Tuning", *_LACKING)
     found = {name: getattr(adapters, name) for name in adapters.__all__ if name not in general}
     return [n for n, kind in found.items() if isinstance(kind, type) and issubclass(kind, Tuning)]
 
@@ -84,6 +98,11 @@ def _tuning(name: str) -> str:
     if "/" in name or Path(name).is_file():
         recipes.find(name)
         return name
+    if name in _LACKING:
+        raise ValueError(
+            f"--tunings: {name} has no budget by itself, and no rank would change:\n"
+            f"name {_LACKING[name]}"
+        )
     by_lower = {each.lower(): each for each in known()}
     if name not in by_lower.values():
         near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)

@@ -48,5 +48,8 @@ class ClassAccuracy(Callback):
         scores = [f"{each:.6f}" for each in share.tolist()]
         rows = [("class", "accuracy"), *zip(names, scores, strict=True)]
         path = Path(trainer.log_dir) / "class_accuracy.csv"
-        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows(rows)

@@ -1,46 +1,11 @@
-"""The data of a compare: which version of them, and whether they can be compared on."""
+"""The data of a compare: whether they can be compared on."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..train import LitFloraCLI
-
-
-def versions(config: Any) -> dict[str, str]:
-    """The version of every file and folder that a config names: the data, the base's weights."""
-    named = {str(value) for value in _values(config) if isinstance(value, str)}
-    return {name: version(Path(name)) for name in sorted(named) if Path(name).exists()}
-
-
-def _values(config: Any) -> Iterator[Any]:
-    if isinstance(config, dict | list):
-        for value in config.values() if isinstance(config, dict) else config:
-            yield from _values(value)
-    else:
-        yield config
-
-
-def version(path: Path) -> str:
-    """A hash of the names and sizes of all files below a path.
-
-    What is in them is not read: of a large data set that would take longer than to train on it.
-    """
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(_below(path))
-    for file in files:
-        digest.update(f"{os.path.relpath(file, path)} {os.stat(file).st_size}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    for root, _, names in os.walk(folder):
-        yield from (Path(root, name) for name in names)
 
 
 def check(made: LitFloraCLI, chooses: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...adapters.replacing import replacing
+from ...adapters.replacing import leftovers
 from .. import run_lock
 
 MARK = "compare.txt"
@@ -14,7 +14,9 @@ def check(out: Path) -> None:
     """Raises if the folder holds something else than a compare."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: give a folder that is free")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+    if not out.is_dir() or (out / MARK).is_file():
+        return
+    if set(out.iterdir()) - set(leftovers(out)):
         raise FileExistsError(f"{out} holds something else than a compare: give a free folder")
 
 
@@ -24,9 +26,8 @@ def take(out: Path) -> None:
     Raises:
         ValueError: If another process compares in it.
     """
-    if not (out / MARK).is_file():
-        with replacing(out / MARK) as temporary:
-            temporary.write_text(
-                "`litflora compare` writes here; report.html is the page to open\n"
-            )
-    run_lock.take(out, MARK, "is being written by another compare")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / MARK).open("a") as mark:  # never replaced: another may hold the lock of the old one
+        run_lock.take(out, MARK, "is being written by another compare")
+        if not mark.tell():
+            mark.write("`litflora compare` writes here; report.html is the page to open\n")

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ... import __version__
 from ...adapters import summary
-from ...optim import default_rate
+from ...optim import default_rate, methods_of
 from .. import composed
+from . import data, equal, versions
 from .axes import Axes
-from .data import versions
 
 if TYPE_CHECKING:
     from ..train import LitFloraCLI
 
 # What says where and how a run is shown, and changes nothing in it.
 _OF_SHOW = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary")
+# The longest name of a run that a person reads; a hash follows, and disks take 255.
+_LONGEST = 80
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ class Run:
         """What a person reads."""
         rank = "" if self.rank is None else f"-r{self.rank}"
         rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        told = f"{rank}{rate}-seed{self.seed}"
         tuning = re.sub(r"[^\w.]+", "_", self.tuning)
-        return f"{tuning}{rank}{rate}-seed{self.seed}"
+        return f"{tuning[-(_LONGEST - len(told)) :]}{told}"  # of a path the end says most
 
     @property
     def label(self) -> str:
         """Tuning and rank, for people."""
-        return self.tuning if self.rank is None else f"{self.tuning} r={self.rank}"
+        return label(self.tuning, self.rank)
 
     @property
     def command(self) -> str:
@@ -92,13 +94,13 @@ class Cell:
     Attributes:
         tuning: As it was asked for.
         rank: None for what has none.
-        made: The model and data of a run.
+        made: The model and data of a run; None once its figures are known.
         runs: By rate, those of all seeds.
     """
 
     tuning: str
     rank: int | None
-    made: LitFloraCLI
+    made: LitFloraCLI | None
     runs: dict[float | None, list[Run]]
 
     @property
@@ -106,31 +108,76 @@ class Cell:
         """The runs of all rates."""
         return [run for runs in self.runs.values() for run in runs]
 
-    def figures(self) -> dict[str, int]:
-        """Parameters that train, and bytes kept for the backward of one batch.
+    def figures(self) -> dict[str, Any]:
+        """The metric, parameters that train, and bytes kept for the backward of one batch.
 
         Raises:
             AdapterError: If the tuning does not fit the model.
         """
+        assert self.made is not None, "figures come before models are let go of"
         made = composed.ready(self.made)
         images = composed.blank(made.model, made.data)
         found = summary(made.model.net, made.model.example(images))
-        made.model.net = None
-        return {"parameters": found.trainable, "saved_bytes": found.saved_bytes or 0}
+        costs = {"parameters": found.trainable, "saved_bytes": found.saved_bytes or 0}
+        return {"metric": made.model.monitor, **costs}
 
 
-def cells(axes: Axes) -> list[Cell]:
+@dataclass(frozen=True)
+class Draft:
+    """A cell whose data have not been looked at.
+
+    Attributes:
+        tuning: As it was asked for.
+        rank: None for what has none.
+        made: The model and data of a run.
+        rates: Learning rates; None is the recipe's own.
+        arguments: What its runs are told besides recipe, rate and seed.
+    """
+
+    tuning: str
+    rank: int | None
+    made: LitFloraCLI
+    rates: tuple[float | None, ...]
+    arguments: tuple[str, ...]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Its config, without what changes nothing in a run."""
+        config = yaml.safe_load(self.made.parser.dump(self.made.config))
+        trainer = {key: v for key, v in config["trainer"].items() if key not in _OF_SHOW}
+        return {"model": config["model"], "data": config["data"], "trainer": trainer}
+
+
+def label(tuning: str, rank: int | None) -> str:
+    """Tuning and rank, for people."""
+    return tuning if rank is None else f"{tuning} r={rank}"
+
+
+def cells(axes: Axes, out: Path) -> list[Cell]:
     """The cells of a compare, tunings in the order that they were asked for.
 
+    The data are fetched and set up here, for what they are decides the names of the runs.
+
+    Args:
+        axes: What is compared.
+        out: The folder of the compare, which is no part of the data.
+
     Raises:
-        ValueError: If the recipe lets a tuning have no effect, or lacks what is needed.
+        ValueError: If the recipe lets a tuning have no effect, or lacks what is needed, or if the
+            budgets are not equal.
     """
-    return [cell for tuning in axes.tunings for cell in _cells_of(axes, tuning)]
+    drafts = [draft for tuning in axes.tunings for draft in _drafts(axes, tuning)]
+    equal.check({label(each.tuning, each.rank): each.settings for each in drafts})
+    data.check(drafts[0].made, any(len(draft.rates) > 1 for draft in drafts))  # all have the same
+    read = versions.Versions(out)
+    return [_cell(axes, draft, read) for draft in drafts]
 
 
-def _cells_of(axes: Axes, tuning: str) -> Iterator[Cell]:
+def _drafts(axes: Axes, tuning: str) -> Iterator[Draft]:
     recipe = "/" in tuning or Path(tuning).is_file()
-    first = ("--config", tuning) if recipe else ("--model.tuning", tuning)
+    # After null it begins with defaults of its own: else the rank of the recipe's tuning stays.
+    anew = ("--model.tuning", "null", "--model.tuning", tuning)
+    first = ("--config", tuning) if recipe else anew
     arguments = (*first, *axes.options)
     made = composed.built(axes.recipe, list(arguments))
     instead = _instead(made)
@@ -139,15 +186,21 @@ def _cells_of(axes: Axes, tuning: str) -> Iterator[Cell]:
             f"the recipe sets {' and '.join(instead)}, beside which tuning has no effect:\n"
             f"set it to null, or give --tunings recipes that set it"
         )
+    trains = type(made.model.tuning).__name__
+    if not recipe and trains != tuning:
+        raise ValueError(
+            f"the options replace {tuning} by {trains}: leave out what sets another tuning,\n"
+            "or give it as a recipe in --tunings"
+        )
     rates = axes.rates[tuning] or (None if instead else _own_rate(made, tuning),)
     own = None if instead else getattr(made.model.tuning, "rank", None)
     if own is None or not axes.ranks:
         shown = own if isinstance(own, int) else None
-        yield _cell(axes, tuning, shown, made, rates, arguments)
+        yield Draft(tuning, shown, made, rates, arguments)
         return
     for rank in axes.ranks:
         told = (*arguments, "--model.tuning.rank", str(rank))
-        yield _cell(axes, tuning, rank, composed.built(axes.recipe, list(told)), rates, told)
+        yield Draft(tuning, rank, composed.built(axes.recipe, list(told)), rates, told)
 
 
 def _instead(made: LitFloraCLI) -> list[str]:
@@ -157,36 +210,27 @@ def _instead(made: LitFloraCLI) -> list[str]:
     return [k for keys in sets if all(given.get(key) for key in keys) for k in keys]
 
 
-def _own_rate(made: LitFloraCLI, tuning: str) -> float:
+def _own_rate(made: LitFloraCLI, tuning: str) -> float | None:
+    """The rate that a fit would take; None if the recipe sets it."""
+    if made.model.lr is not None:
+        return None
     if made.model.optimizer_factory is not None:
         raise ValueError(f"the recipe names an optimizer: give --lrs for {tuning}")
-    return default_rate(type(made.model.tuning).__name__)
+    method, _ = methods_of(made.model.tuning.to_dict())
+    return default_rate(method)
 
 
-def _cell(
-    axes: Axes,
-    tuning: str,
-    rank: int | None,
-    made: LitFloraCLI,
-    rates: tuple[float | None, ...],
-    arguments: tuple[str, ...],
-) -> Cell:
-    settings = _settings(made)
+def _cell(axes: Axes, draft: Draft, read: versions.Versions) -> Cell:
+    files = read.of([draft.settings["model"], draft.settings["data"]])
+    machine = versions.environment(draft.settings["trainer"].get("accelerator"))
+    settings = {**draft.settings, "files": files, **machine}
 
     def run(rate: float | None, seed: int) -> Run:
-        given = () if rate is None else ("--model.lr", f"{rate:g}")
+        given = () if rate is None else ("--model.lr", repr(rate))
         told = (*given, "--seed_everything", str(seed), "--trainer.devices", "1")
         everything = {**settings, "rate": rate, "seed": seed}
-        words = ("--config", axes.recipe, *arguments, *told)
-        return Run(tuning, rank, rate, seed, axes.recipe, words, everything)
+        words = ("--config", axes.recipe, *draft.arguments, *told)
+        return Run(draft.tuning, draft.rank, rate, seed, axes.recipe, words, everything)
 
-    runs = {rate: [run(rate, seed) for seed in axes.seeds] for rate in rates}
-    return Cell(tuning, rank, made, runs)
-
-
-def _settings(made: LitFloraCLI) -> dict[str, Any]:
-    """All that determines a run but rate and seed."""
-    config = yaml.safe_load(made.parser.dump(made.config))
-    trainer = {key: v for key, v in config["trainer"].items() if key not in _OF_SHOW}
-    read = {"model": config["model"], "data": config["data"]}
-    return {**read, "trainer": trainer, "files": versions(read), "litflora": __version__}
+    runs = {rate: [run(rate, seed) for seed in axes.seeds] for rate in draft.rates}
+    return Cell(draft.tuning, draft.rank, draft.made, runs)

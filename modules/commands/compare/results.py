@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import math
+import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 from ...adapters.replacing import replacing
 from ...adapters.summary import text_table
-from ...report import Point, Report, page
+from ...report import Point, Report, Sweep, page
+from ...report.points import averaged
 from .choosing import Score, choose
 from .plan import Cell, Run
 
@@ -50,8 +51,16 @@ def read(out: Path, run: Run, name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def chosen_runs(cell: Cell, out: Path) -> list[Run]:
-    """The runs of a cell at the rate that is best by validation."""
+def chosen_runs(cell: Cell, out: Path, failed: Collection[str]) -> list[Run]:
+    """The runs of a cell at the rate that is best by validation; none before all have run.
+
+    Args:
+        cell: A tuning at a rank.
+        out: The folder of the compare.
+        failed: The names of runs that have failed, and are not waited for.
+    """
+    if any(not read(out, run, FIT) and run.name not in failed for run in cell.all_runs):
+        return []
     fits = {rate: [read(out, run, FIT) for run in runs] for rate, runs in cell.runs.items()}
     scores = {
         rate: [Score(fit["metric"], fit["val"]) if fit else None for fit in of_rate]
@@ -70,7 +79,7 @@ def rows(cells: Iterable[Cell], out: Path, failed: dict[str, str]) -> list[Row]:
     """
     found = []
     for cell in cells:
-        chosen = {run.name for run in chosen_runs(cell, out)}
+        chosen = {run.name for run in chosen_runs(cell, out, failed)}
         found += [
             Row(
                 cell,
@@ -86,15 +95,29 @@ def rows(cells: Iterable[Cell], out: Path, failed: dict[str, str]) -> list[Row]:
     return found
 
 
-def write(rows: list[Row], out: Path) -> None:
-    """Writes ``results.csv``, ``results.md`` and ``report.html``."""
-    points = _points(rows)
-    with replacing(out / "results.csv") as temporary, temporary.open("w", newline="") as file:
+def write_tables(rows: list[Row], out: Path, command: str) -> None:
+    """Writes ``results.csv`` and ``results.md``.
+
+    Args:
+        rows: All runs.
+        out: The folder of the compare.
+        command: What makes all of it again.
+    """
+    path = out / "results.csv"
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file).writerows(_csv(rows, out))
     with replacing(out / "results.md") as temporary:
-        temporary.write_text("\n".join(_markdown(points)) + "\n", encoding="utf-8")
+        text = "\n".join(_markdown(_points(rows), command))
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_page(rows: list[Row], out: Path, command: str) -> None:
+    """Writes ``report.html``; what is given is as in `write_tables`."""
     with replacing(out / "report.html") as temporary:
-        temporary.write_text(page(_report(rows, points)), encoding="utf-8")
+        temporary.write_text(page(_report(rows, command)), encoding="utf-8")
 
 
 def told(rows: list[Row], out: Path) -> str:
@@ -146,19 +169,37 @@ def _points(rows: list[Row]) -> list[Point]:
                 seconds=statistics.mean(fit["seconds"] for fit in fits),
                 folders=[row.folder for row in of_cell],
                 commands=[row.run.command for row in of_cell],
-                sweep=_sweep(rows, cell),
+                tests=[_test_command(row) for row in of_cell],
             )
         )
     return found
 
 
-def _sweep(rows: list[Row], cell: Cell) -> dict[float | None, float]:
-    """The mean validation metric at each rate; nan where a run has failed."""
-    found = {}
-    for rate in cell.runs:
-        values = [r.fit.get("val", math.nan) for r in rows if r.cell is cell and r.run.rate == rate]
-        found[rate] = statistics.mean(values)
+def _test_command(row: Row) -> str:
+    return shlex.join(["litflora", "test", "--adapter", str(row.folder / "adapter")])
+
+
+def _sweeps(rows: list[Row]) -> list[Sweep]:
+    """The rates of each cell."""
+    found = []
+    for _, group in groupby(rows, lambda row: id(row.cell)):
+        of_cell = list(group)
+        by_rate: dict[float | None, list[Row]] = {}
+        for row in of_cell:
+            by_rate.setdefault(row.run.rate, []).append(row)
+        chosen = list(dict.fromkeys(row.run.rate for row in of_cell if row.chosen))
+        values = {rate: _swept(of_rate) for rate, of_rate in by_rate.items()}
+        found.append(Sweep(of_cell[0].run.label, chosen, values))
     return found
+
+
+def _swept(rows: list[Row]) -> float | str:
+    """The mean validation metric of the runs of a rate, or why there is none."""
+    if any(not row.fit and not row.error for row in rows):
+        return "not done"
+    if any(row.error and not row.fit for row in rows):
+        return "failed"
+    return statistics.mean(row.fit["val"] for row in rows)
 
 
 def _table(points: list[Point]) -> list[tuple[str, ...]]:
@@ -167,17 +208,21 @@ def _table(points: list[Point]) -> list[tuple[str, ...]]:
     return [head, *(point.cells() for point in points)]
 
 
-def _markdown(points: list[Point]) -> Iterable[str]:
+def _markdown(points: list[Point], command: str) -> Iterable[str]:
     head, *body = _table(points)
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     for cells in body:
         yield f"| {' | '.join(cells)} |"
-    seeds = len(points[0].seeds) if points else 0
-    yield f"\nMean and standard deviation over {seeds} seeds. Rates are chosen by validation alone."
+    said = f"{averaged(len(points[0].seeds))}. " if points else ""
+    yield f"\n{said}Rates are chosen by validation alone."
+    yield ""
+    for line in (command, *(each for point in points for each in point.tests)):
+        yield f"    {line}"
 
 
-def _report(rows: list[Row], points: list[Point]) -> Report:
+def _report(rows: list[Row], command: str) -> Report:
     errors = [(row.run.short_name, row.error) for row in rows if row.error]
     undone = sum(not row.fit and not row.error for row in rows)
-    return Report(rows[0].run.recipe, rows[0].run.budget, points, errors, undone)
+    first = rows[0].run
+    return Report(first.recipe, command, first.budget, _points(rows), _sweeps(rows), errors, undone)

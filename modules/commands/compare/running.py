@@ -2,150 +2,101 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import sys
-import time
+import math
+import shutil
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning.pytorch import Trainer
 
 from ...adapters.replacing import remove, replacing
+from ...callbacks import Interruption
 from ...callbacks.adapter_folder import best_checkpoint
+from ...callbacks.interruption import Interrupted
 from .. import train
-from ..mistakes import explain
-from . import data, results
+from . import results
+from .bar import Bar, Clock, Show, progress
 from .class_accuracy import ClassAccuracy
 from .plan import Cell, Run
 from .results import FIT, TEST
 
-Show = Callable[[float], None]
 
+def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, Any]]:
+    """Builds each model that is still needed, so that mistakes show before a run.
 
-class Clock(Callback):
-    """Times a training, with its validations, and shows how far it has come.
-
-    Args:
-        show: Is told the share that is done.
-    """
-
-    def __init__(self, show: Show) -> None:
-        self.show = show
-        self.seconds = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts: the network and the data are there."""
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Shows the step."""
-        self.show(trainer.global_step / trainer.estimated_stepping_batches)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops."""
-        self.seconds = time.perf_counter() - self._since
-
-
-def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, int]]:
-    """Builds each model and the data that are still needed, so that mistakes show before a run.
+    All are let go of again: of many, memory would not hold those that wait.
 
     Returns:
         The figures of the cells that have something left to do, by label.
     """
-    undone = [
-        cell for cell in cells if not all(results.read(out, run, FIT) for run in cell.all_runs)
-    ]
-    figures = {cell.all_runs[0].label: cell.figures() for cell in undone}
-    if undone:
-        data.check(undone[0].made, any(len(cell.runs) > 1 for cell in cells))
+    figures = {}
+    for cell in cells:
+        if not all(results.read(out, run, FIT) for run in cell.all_runs):
+            figures[cell.all_runs[0].label] = cell.figures()
+        cell.made = None
     return figures
 
 
-def run_all(cells: list[Cell], out: Path, figures: dict[str, dict[str, int]]) -> None:
+def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[str, Any]]) -> None:
     """Fits all runs, chooses the rates, tests the chosen, and writes the results.
 
-    A run that fails is told and left out. What was done before is not done again.
+    A run that fails is told and left out. What was done before is not done again. The tables are
+    written after each run, the page at the end, however that comes.
 
     Args:
         cells: The cells of the compare.
         out: Its folder.
+        command: What was typed.
         figures: Of the cells that have something left to do, by label.
 
     Raises:
         ValueError: At the end, if runs have failed.
     """
     runs = [run for cell in cells for run in cell.all_runs]
-    done = sum(bool(results.read(out, run, FIT)) for run in runs)
-    print(f"compare  {len(runs)} runs, {done} found done in {out}", flush=True)
+    done = [run for run in runs if results.read(out, run, FIT)]
+    print(f"compare  {len(runs)} runs, {len(done)} found done in {out}", flush=True)
     failed: dict[str, str] = {}
+
+    def write() -> None:
+        results.write_tables(results.rows(cells, out, failed), out, command)
+
     try:
-        with _progress() as progress:
-            task = progress.add_task("", total=len(runs), completed=done)
-            bar = Bar(progress, task)
+        with progress() as shown:
+            tests = sum(len(next(iter(cell.runs.values()))) for cell in cells)
+            bar = Bar(shown, len(runs) + tests, len(done), write)
             for run in _in_turn(cells):
                 if not results.read(out, run, FIT):
-                    bar.fit(run, failed, partial(_fit, run, out, figures[run.label], bar.show))
-            for run in (run for cell in cells for run in results.chosen_runs(cell, out)):
-                if not results.read(out, run, TEST):
-                    bar.test(run, failed, partial(_test, run, out))
-    finally:
-        rows = results.rows(cells, out, failed)
-        results.write(rows, out)
-    print(results.told(rows, out), flush=True)
+                    bar.go("", run, failed, partial(_fit, run, out, figures[run.label], bar.show))
+            chosen = [run for cell in cells for run in results.chosen_runs(cell, out, failed)]
+            bar.expect(len(runs) + len(chosen))
+            for run in chosen:
+                if results.read(out, run, TEST):
+                    bar.advance()
+                else:
+                    bar.go("test ", run, failed, partial(_test, run, out))
+    except BaseException:
+        with suppress(Exception):  # it would hide what has happened
+            _report(cells, out, command, failed)
+        raise
+    print(results.told(_report(cells, out, command, failed), out), flush=True)
     if failed:
         raise ValueError(f"{len(failed)} runs have failed: the same command tries them again")
 
 
-class Bar:
-    """The bar over all runs."""
-
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self.progress, self.task = progress, task
-        self._done = progress.tasks[task].completed
-
-    def show(self, share: float) -> None:
-        """Shows how much of a run is done."""
-        self.progress.update(self.task, completed=self._done + min(share, 1.0))
-
-    def fit(self, run: Run, failed: dict[str, str], go: Callable[[], str]) -> None:
-        """Fits, and counts the run."""
-        self._go(run.short_name, run, failed, go)
-        self._done += 1
-        self.show(0.0)
-
-    def test(self, run: Run, failed: dict[str, str], go: Callable[[], str]) -> None:
-        """Tests."""
-        self._go(f"test {run.short_name}", run, failed, go)
-
-    def _go(self, name: str, run: Run, failed: dict[str, str], go: Callable[[], str]) -> None:
-        self.progress.update(self.task, description=name)
-        line = f"{run.short_name}: {_try(run, failed, go)}"
-        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _progress() -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    left = TimeRemainingColumn(elapsed_when_finished=True)
-    # Runs print to their own logs: the bar keeps the terminal.
-    return Progress(
-        *columns,
-        left,
-        console=Console(file=sys.stderr),
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
+def _report(
+    cells: list[Cell], out: Path, command: str, failed: dict[str, str]
+) -> list[results.Row]:
+    """Writes the tables and the page; returns what they are of."""
+    rows = results.rows(cells, out, failed)
+    results.write_tables(rows, out, command)
+    results.write_page(rows, out, command)
+    return rows
 
 
 def _in_turn(cells: list[Cell]) -> Iterator[Run]:
@@ -154,43 +105,36 @@ def _in_turn(cells: list[Cell]) -> Iterator[Run]:
     return chain.from_iterable(zip(*by_rate, strict=True))
 
 
-def _try(run: Run, failed: dict[str, str], go: Callable[[], str]) -> str:
-    """What a run says; one that fails is noted, and the others go on."""
-    try:
-        return go()
-    except Exception as error:
-        message = explain(error) or f"{type(error).__name__}: {error}"
-        failed[run.name] = " ".join(message.split())
-        return f"failed: {failed[run.name]}"
-    finally:
-        gc.collect()  # a Trainer and its module refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _fit(run: Run, out: Path, figures: dict[str, int], show: Show) -> str:
+def _fit(run: Run, out: Path, figures: dict[str, Any], show: Show) -> str:
     folder = out / "runs" / run.name
     remove(folder)  # of a run that was killed, or has failed
-    clock = Clock(show)
-    with _logged(folder):
+    clock, metric, value, signal = Clock(show), figures["metric"], math.nan, 0
+    with suppress(FloatingPointError), _logged(folder):  # NonFinite: a result of this rate
         cli = train.run("fit", [*run.arguments, "--config", _place(folder)], [clock])
-    value, metric = _validated(cli)
-    remove(folder / "checkpoints")  # which are for resuming
-    found = {"metric": metric, "val": value, "seconds": clock.seconds, **figures}
-    _write(folder / FIT, found)
+        value, signal = _validated(cli, metric), _received(cli.trainer)
+    _write(folder / FIT, {**figures, "val": value, "seconds": clock.seconds})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # which are for resuming
+    if signal:
+        raise Interrupted(128 + signal)
     return f"{metric} {value:.4f} after {clock.seconds:.0f} s"
 
 
-def _validated(cli: train.LitFloraCLI) -> tuple[float, str]:
+def _received(trainer: Trainer) -> int:
+    """A signal that came in the last validation, too late to end the fit; 0 for none."""
+    return max(
+        (each.received for each in trainer.callbacks if isinstance(each, Interruption)), default=0
+    )
+
+
+def _validated(cli: train.LitFloraCLI, metric: str) -> float:
     """The metric of the weights that were saved: the last, or the best of the recipe's own."""
-    metric = cli.model.monitor
     best = best_checkpoint(cli.trainer)
     if best is not None and best.monitor == metric:
-        return float(best.best_model_score), metric
+        return float(best.best_model_score)
     values = cli.trainer.callback_metrics
     if metric not in values:
         raise ValueError(f"no {metric} was logged: a compare needs a validation after each run")
-    return float(values[metric]), metric
+    return float(values[metric])
 
 
 def _test(run: Run, out: Path) -> str:
@@ -200,6 +144,10 @@ def _test(run: Run, out: Path) -> str:
     with _logged(folder):
         cli = train.run("test", [*run.arguments, *there], [ClassAccuracy()])
     metric = cli.model.monitor.replace("val/", "test/")
+    if metric not in cli.trainer.callback_metrics:
+        raise ValueError(
+            f"no {metric} was logged: a compare needs a test that logs what is chosen by"
+        )
     value = float(cli.trainer.callback_metrics[metric])
     _write(folder / TEST, {"metric": metric, "test": value})
     return f"{metric} {value:.4f}"

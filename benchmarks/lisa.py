@@ -76,18 +76,18 @@ class Sampled(Tuned):
         """A step of new blocks."""
         self._draw()
         forget(self.resting, [self.optimizer])
-        rest(self.resting)
+        norms = rest(self.resting)
         super().step()
-        wake(self.units)
+        wake(self.units, norms)
 
     def saved(self) -> int:
         """The most that is kept for backward, whichever blocks train."""
         found = []
         for _ in self.units:
             self._draw()
-            rest(self.resting)
+            norms = rest(self.resting)
             found.append(super().saved())
-            wake(self.units)
+            wake(self.units, norms)
         return max(found)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, Path, RankMode, WeightInfo
+from .delta import Delta, RankMode, WeightInfo
 from .errors import AdapterError
 from .lora import LoRADelta
 from .matrix import refuse_stack
@@ -34,18 +34,10 @@ class AdaLoRADelta(LoRADelta):
         lora_E: E, ``[r]``, zero at the start.
     """
 
-    def __init__(
-        self,
-        info: WeightInfo,
-        rank: int,
-        scale: float = 1.0,
-        path: Path = "auto",
-        dropout: float = 0.0,
-        lr_ratio: float = 1.0,
-    ) -> None:
-        super().__init__(info, rank, scale, path, dropout, lr_ratio)
-        self.lora_E = self.factory(rank)
-        nn.init.zeros_(self.lora_E)
+    def make_factors(self) -> None:
+        """Adds E."""
+        super().make_factors()
+        self.lora_E = self.factory(self.rank)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Q, P, then E."""
@@ -71,9 +63,10 @@ class AdaLoRADelta(LoRADelta):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """P and Q normal of standard deviation 0.02, E zero."""
-        for name, parameter in self.named_parameters():  # at first without E, which comes last
-            if not parameter.is_meta:
-                parameter.normal_(0.0, 0.0 if name == "lora_E" else STD)
+        self.lora_E.zero_()
+        for factor in (self.lora_A, self.lora_B):
+            if not factor.is_meta:
+                factor.normal_(0.0, STD)
 
 
 def _weighed(lora_A: Tensor, lora_E: Tensor) -> Tensor:

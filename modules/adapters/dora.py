@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import Path, WeightInfo
+from .delta import WeightInfo
 from .errors import AdapterError
 from .lora import LoRA, LoRADelta
 from .matrix import refuse_stack
@@ -28,17 +28,10 @@ class DoRADelta(LoRADelta):
         magnitude: m, ``[out]``; the norms of W0 at the start.
     """
 
-    def __init__(
-        self,
-        info: WeightInfo,
-        rank: int,
-        scale: float = 1.0,
-        path: Path = "auto",
-        dropout: float = 0.0,
-        lr_ratio: float = 1.0,
-    ) -> None:
-        super().__init__(info, rank, scale, path, dropout, lr_ratio)
-        self.magnitude = self.factory(info.shape[info.out_dim])
+    def make_factors(self) -> None:
+        """Adds m."""
+        super().make_factors()
+        self.magnitude = self.factory(self.info.shape[self.info.out_dim])
 
     def tensors(self) -> tuple[Tensor, ...]:
         """A, B, m and the base weight: all of it, also of a part, for it is kept as it is."""

@@ -44,10 +44,14 @@ class LoRADelta(Delta):
         super().__init__(info, scale, path, dropout)
         self.rank = rank
         self.lr_ratio = lr_ratio
-        shape_A, shape_B = self.shapes(info, rank)
+        self.make_factors()
+        self.reset_parameters()
+
+    def make_factors(self) -> None:
+        """Makes the parameters, without values; what derives from LoRA adds its own."""
+        shape_A, shape_B = self.shapes(self.info, self.rank)
         self.lora_A = self.factory(*shape_A)
         self.lora_B = self.factory(*shape_B)
-        self.reset_parameters()
 
     @staticmethod
     def shapes(info: WeightInfo, rank: int) -> Shapes:

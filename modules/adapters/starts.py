@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .delta import WeightInfo
 from .errors import AdapterError
@@ -25,6 +25,12 @@ class StartedDelta(LoRADelta):
         start_B: B0, of the shape of B. Both are parameters that never train: buffers would be sent
             around by DDP at every step.
     """
+
+    def make_factors(self) -> None:
+        """Adds A0 and B0."""
+        super().make_factors()
+        self.start_A = self.factory(*self.lora_A.shape).requires_grad_(False)
+        self.start_B = self.factory(*self.lora_B.shape).requires_grad_(False)
 
     def frozen(self) -> set[str]:
         """The start."""
@@ -48,14 +54,15 @@ class StartedDelta(LoRADelta):
         self.lora_A.copy_(start_A.view_as(self.lora_A))
         self._note_start()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the factors as LoRA does, and takes them for the start."""
         super().reset_parameters()
         self._note_start()
 
     def _note_start(self) -> None:
-        self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
-        self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
+        self.start_A.copy_(self.lora_A)
+        self.start_B.copy_(self.lora_B)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """A, B, A0 and B0."""

@@ -13,6 +13,7 @@ from .dense import read_upright
 from .detection import Objects
 from .detection_files import AnnotatedImage, DetectionFilesDataModule, Size
 from .masks import pairs_by_stem
+from .splits import hold_out
 from .transforms import boxes_round
 
 
@@ -52,30 +53,41 @@ class PennFudanImage(AnnotatedImage):
 class PennFudanDataModule(DetectionFilesDataModule):
     """Penn-Fudan (Wang et al., 2007): pedestrians, of which boxes and masks are known.
 
-    `root` holds `PNGImages/` and `PedMasks/`. There are no official splits: some images are held
-    out by the seed to validate, and stand in for a test.
+    `root` holds `PNGImages/` and `PedMasks/`. There are no official splits: images are held out by
+    the seed to validate, and to test if `test_fraction` says so; else the same ones stand in.
 
     Args:
         root: The data set's own folder.
         masks: Give the masks of the pedestrians, too.
-        val_fraction: Share of the images held out.
+        val_fraction: Share of the images held out to validate, of those that do not test.
+        test_fraction: Share of all images held out to test; at 0 there is no test split.
         options: `scale_range` of `DetectionFilesDataModule`, `crop_size` to `predict_root` of
             `DenseFilesDataModule`.
     """
 
     def __init__(
-        self, root: str, masks: bool = False, val_fraction: float = 0.2, **options: Any
+        self,
+        root: str,
+        masks: bool = False,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(root, val_fraction=val_fraction, **options)
+        if not 0 <= test_fraction < 0.5:
+            raise ValueError(f"test_fraction={test_fraction} must lie between 0 and 0.5")
         self.masks = masks
+        self.test_fraction = test_fraction
         self.class_names = ["pedestrian"]
 
     def official_splits(self) -> dict[str, Sequence[AnnotatedImage]]:
-        """All images as "train"."""
+        """All images as "train", but for those held out to test."""
         pairs = pairs_by_stem(self.root / "PNGImages", self.root / "PedMasks", mask_end="_mask")
-        return {
-            "train": [
-                PennFudanImage(image, number, mask)  # type: ignore[arg-type]  # each has a mask
-                for number, (image, mask) in enumerate(pairs, 1)
-            ]
-        }
+        images = [
+            PennFudanImage(image, number, mask)  # type: ignore[arg-type]  # each has a mask
+            for number, (image, mask) in enumerate(pairs, 1)
+        ]
+        if not self.test_fraction:
+            return {"train": images}
+        kept, held = hold_out([0] * len(images), self.test_fraction, self.seed)
+        return {"train": [images[i] for i in kept], "test": [images[i] for i in held]}

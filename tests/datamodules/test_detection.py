@@ -138,6 +138,21 @@ def test_an_image_without_people_is_fine(tmp_path: Path) -> None:
         assert len(target["masks"]) == len(target["labels"]) == 0
 
 
+def test_people_held_out_to_test_are_no_others(tmp_path: Path) -> None:
+    data = people(tmp_path, val_fraction=0.25, test_fraction=0.2)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    names = {split: set(data.datasets[split].names) for split in ("train", "val", "test")}
+    assert {split: len(of_split) for split, of_split in names.items()} == {
+        "train": 6,
+        "val": 2,
+        "test": 2,
+    }
+    assert len(set.union(*names.values())) == 10
+    with pytest.raises(ValueError, match=r"test_fraction=0.5 must lie between 0 and 0.5"):
+        people(tmp_path, test_fraction=0.5)
+
+
 def test_real_people(shared_data: Path) -> None:
     root = shared_data / "PennFudanPed"
     data = PennFudanDataModule(str(root), masks=True, check=True)

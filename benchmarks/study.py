@@ -21,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import study_tables
 import yaml
+from quality import write
 
 HERE = Path(__file__).resolve().parent / "study"
-HEADS = (1e-3, 3e-3, 1e-2)
+HEADS = (1e-3, 3e-3, 1e-2, 3e-2)
 # What is tried with the first seed; a name that is no class is a recipe, here or of litflora.
 RATES: dict[str, tuple[float, ...]] = {
     "BitFit": (3e-3, 1e-2),
@@ -119,6 +121,7 @@ def main() -> None:
     compare(target, {"Probe": (), **target.rates}, args.seeds[:1], methods, options, overlays)
     rates = {name: (rate,) for name, rate in chosen(methods).items()}
     compare(target, {"Probe": (), **rates}, args.seeds, methods, options, overlays)
+    show(methods, out)
 
 
 def parse_args() -> argparse.Namespace:
@@ -201,6 +204,14 @@ def chosen(out: Path) -> dict[str, float]:
         rows = [row for row in csv.DictReader(file) if row["chosen"] == "1"]
     names = {tuning(name): name for name in {**RATES, **KERNELS, "Probe": ()}}
     return {names[row["tuning"]]: float(row["lr"]) for row in rows if row["lr"]}
+
+
+def show(methods: Path, out: Path) -> None:
+    """Prints and writes the table, and draws the picture."""
+    found = study_tables.results(methods)
+    print(study_tables.table(found))
+    write(out / "table.md", study_tables.table(found))
+    study_tables.draw(found).savefig(out / "study.png")
 
 
 if __name__ == "__main__":

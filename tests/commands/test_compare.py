@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import os
 import platform
@@ -418,6 +419,33 @@ def test_data_are_fetched_before_they_are_hashed(monkeypatch, tmp_path):
     monkeypatch.setattr(versions.Versions, "of", lambda *_: seen.append("hashed"))
     plan.cells(axes.Axes("quickstart", ("Probe",), (), {"Probe": ()}, (0,), ()), tmp_path)
     assert seen == ["set up", "hashed"]
+
+
+def cells_with(overlay, tmp_path, tuning="Probe"):
+    file = tmp_path / "overlay.yaml"
+    file.write_text(json.dumps(overlay))
+    told = "--config", str(file)
+    return plan.cells(axes.Axes("quickstart", (tuning,), (), {tuning: ()}, (0,), told), tmp_path)
+
+
+def test_what_a_callback_reads_counts(tmp_path):
+    (folder := tmp_path / "photos").mkdir()
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(folder)},
+    }
+    names = []
+    for number in range(2):
+        (folder / f"{number}.jpg").touch()
+        (cell,) = cells_with({"trainer": {"callbacks+": [checkpoint]}}, tmp_path)
+        names.append(cell.all_runs[0].name)
+    assert names[0] != names[1]
+
+
+def test_options_that_replace_the_tuning_of_a_recipe_are_refused(tmp_path):
+    other = {"model": {"init_args": {"tuning": {"class_path": "litflora.adapters.BitFit"}}}}
+    with pytest.raises(ValueError, match="the options replace DoRA by BitFit"):
+        cells_with(other, tmp_path, "tuning/dora")
 
 
 def test_class_names_are_written_in_utf_8(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import worlds
 from safetensors.torch import load_file
 
 from litflora import from_adapter
@@ -27,12 +28,26 @@ def test_two_processes_train_as_one(
     assert len(one.losses) == 20
     for strategy in TWO:
         first, second = (left["steps"][backbone, tuning, strategy] for left in two)
-        assert first.losses == pytest.approx(one.losses, rel=1e-5), strategy
-        assert_same(first.start, one.start)  # the same base, head and deltas
-        assert first.moved == first.trained == one.trained
-        assert_same(first.end, second.end)
-        for name, value in one.end.items():
-            torch.testing.assert_close(first.end[name], value, atol=1e-4, rtol=1e-3)
+        assert_alike(one, first, second)
+
+
+@pytest.mark.slow
+def test_two_processes_train_by_each_method_as_one(tmp_path: Path) -> None:
+    first, second = worlds.run(work.methods, tmp_path)
+    for tuning in work.TUNINGS:
+        made = work.module("convnext_shapes", tuning, tmp_path)
+        one, _ = runs.fit(made, "single", tmp_path, runs.shapes(1, 4))
+        assert_alike(one, first[tuning], second[tuning])
+
+
+def assert_alike(one: runs.Left, first: runs.Left, second: runs.Left) -> None:
+    """One process and either of two end with the same weights."""
+    assert first.losses == pytest.approx(one.losses, rel=1e-5)
+    assert_same(first.start, one.start)  # the same base, head and deltas
+    assert first.moved == first.trained == one.trained
+    assert_same(first.end, second.end)
+    for name, value in one.end.items():
+        torch.testing.assert_close(first.end[name], value, atol=1e-4, rtol=1e-3)
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

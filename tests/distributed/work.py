@@ -14,7 +14,24 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from litflora.adapters import AdaLoRA, FLoRA, Full, LoRA, Probe, Tuning, merge, save
+from litflora.adapters import (
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FLoRA,
+    Full,
+    LoHa,
+    LoKr,
+    LoRA,
+    MoRA,
+    NormTuning,
+    OLoRA,
+    PiSSA,
+    Probe,
+    Tuning,
+    merge,
+    save,
+)
 from litflora.callbacks import EMA, AdapterFolder, NonFinite, RankBudget
 from litflora.classification import ClassificationModule
 from litflora.segmentation import SegmentationModule
@@ -29,6 +46,14 @@ TUNINGS: dict[str, Tuning] = {
     "AdaLoRA": AdaLoRA(rank=4),
     "Full": Full(),
     "Probe": Probe(),
+    "DoRA": DoRA(rank=4),
+    "MoRA": MoRA(rank=4),
+    "LoHa": LoHa(rank=4),
+    "LoKr": LoKr(rank=4),
+    "PiSSA": PiSSA(rank=4),
+    "OLoRA": OLoRA(rank=4),
+    "BitFit": BitFit(),
+    "NormTuning": NormTuning(),
 }
 BACKBONES = ("test_vit", "convnext_shapes")
 CASES = list(product(BACKBONES, ("LoRA", "FLoRA")))
@@ -75,6 +100,14 @@ def steps(base: Path, folder: Path) -> Found:
         (*case, strategy): runs.fit(module(*case, base), strategy, folder)[0]
         for case in CASES
         for strategy in TWO
+    }
+
+
+def methods(folder: Path) -> Found:
+    """A few steps by each method."""
+    return {
+        name: runs.fit(module("convnext_shapes", name, folder), "ddp", folder, runs.shapes(2, 4))[0]
+        for name in TUNINGS
     }
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from ...adapters import summary
 from ...optim import default_rate, methods_of
-from .. import composed
+from .. import composed, recipes
 from . import data, equal, versions
 from .axes import Axes
 
@@ -186,10 +186,10 @@ def _drafts(axes: Axes, tuning: str) -> Iterator[Draft]:
             f"the recipe sets {' and '.join(instead)}, beside which tuning has no effect:\n"
             f"set it to null, or give --tunings recipes that set it"
         )
-    trains = type(made.model.tuning).__name__
-    if not recipe and trains != tuning:
+    trains, meant = type(made.model.tuning).__name__, _class_in(tuning) if recipe else tuning
+    if meant and trains != meant:
         raise ValueError(
-            f"the options replace {tuning} by {trains}: leave out what sets another tuning,\n"
+            f"the options replace {meant} by {trains}: leave out what sets another tuning,\n"
             "or give it as a recipe in --tunings"
         )
     rates = axes.rates[tuning] or (None if instead else _own_rate(made, tuning),)
@@ -201,6 +201,14 @@ def _drafts(axes: Axes, tuning: str) -> Iterator[Draft]:
     for rank in axes.ranks:
         told = (*arguments, "--model.tuning.rank", str(rank))
         yield Draft(tuning, rank, composed.built(axes.recipe, list(told)), rates, told)
+
+
+def _class_in(recipe: str) -> str | None:
+    """The class of the tuning that a recipe sets, if it sets one."""
+    model = (yaml.safe_load(recipes.find(recipe).read_text()) or {}).get("model") or {}
+    tuning = (model.get("init_args") or {}).get("tuning") or {}
+    name = tuning if isinstance(tuning, str) else tuning.get("class_path", "")
+    return name.rpartition(".")[2] or None
 
 
 def _instead(made: LitFloraCLI) -> list[str]:
@@ -221,8 +229,9 @@ def _own_rate(made: LitFloraCLI, tuning: str) -> float | None:
 
 
 def _cell(axes: Axes, draft: Draft, read: versions.Versions) -> Cell:
-    files = read.of([draft.settings["model"], draft.settings["data"]])
-    machine = versions.environment(draft.settings["trainer"].get("accelerator"))
+    trainer = draft.settings["trainer"]
+    reads = draft.settings["model"], draft.settings["data"], trainer.get("callbacks")
+    files, machine = read.of(list(reads)), versions.environment(trainer.get("accelerator"))
     settings = {**draft.settings, "files": files, **machine}
 
     def run(rate: float | None, seed: int) -> Run:

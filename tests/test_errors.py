@@ -107,6 +107,10 @@ IN_YAML = {
         "*.fc9",
         "fc2",
     ),
+    "a callback twice": (
+        "trainer: {callbacks: [litflora.callbacks.LISA, litflora.callbacks.LISA]}",
+        "trainer.callbacks has LISA twice",
+    ),
     "missing data root": ("data: {init_args: {root: nowhere}}", "nowhere", "train/<class>"),
     "missing weights": ("model: {init_args: {weights: no.pth}}", "no.pth", "does not exist"),
     "weights of another backbone": (

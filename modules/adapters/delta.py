@@ -109,6 +109,8 @@ class Delta(nn.Module):
             raise AdapterError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
         if not math.isfinite(scale):
             raise AdapterError(f"the scale must be a finite number, not {scale!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise AdapterError(f"dropout must be in [0, 1), not {dropout}")
         self.info = info
         self.scale = scale
         self.path: Path = path

@@ -92,7 +92,7 @@ def save(
         # PEFT keeps whole modules: a trained bias brings its weight, statistics their norm.
         modules = {key.rpartition(".")[0] for key in trained}
         base = {k: t for k, t in base_tensors(model).items() if k.rpartition(".")[0] in modules}
-        tensors, config = to_peft(deltas, base)
+        tensors, config = to_peft(model, deltas, base)
         _write(folder, tensors, config, is_sharded(model))
         return folder
     tensors = {f"{_key(w)}.{p}": t for w, d in deltas.items() for p, t in d.state_dict().items()}
@@ -139,6 +139,10 @@ def load(
             for another base. The model is then as it was.
     """
     refuse_lazy(model)
+    if device is None and any(parameter.is_meta for parameter in model.parameters()):
+        raise AdapterError(
+            "the model has no memory yet: load(..., device=...) says where deltas go"
+        )
     check_name(model, name)
     modules = resolve_modules(model, train)
     try:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .delta import Delta, WeightInfo
@@ -61,6 +62,10 @@ def from_peft(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Modu
             )
         if layer not in by_layer:
             raise AdapterError(f"the PEFT adapter changes {layer}, which this model does not have")
+        if wrong := _wrong_in_peft(by_layer[layer].module):
+            raise AdapterError(
+                f"{layer}: what PEFT trained there is no W + dW, for it leaves out {wrong}"
+            )
         own = {"lora_A": found["lora_A"], "lora_B": found["lora_B"].flatten(1)}
         rank = own["lora_A"].shape[0]
         scale = _scale(config, layer, rank)
@@ -82,13 +87,16 @@ def _dora_builder(rank: int, scale: float) -> Callable[[WeightInfo], Delta]:
 
 
 def to_peft(
-    deltas: dict[str, Delta], trained: dict[str, Tensor]
+    model: nn.Module, deltas: dict[str, Delta], trained: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and configuration in PEFT's format.
 
     Raises:
-        AdapterError: A delta is not one that PEFT's LoRA can hold, or some are DoRA's alone.
+        AdapterError: There is no delta, or one that PEFT's LoRA cannot hold or would compute
+            otherwise, or some are DoRA's alone.
     """
+    if not deltas:
+        raise AdapterError("PEFT's format holds adapters, and there is none: merge the model")
     dora = any(type(delta) is DoRADelta for delta in deltas.values())
     wanted = (DoRADelta,) if dora else _PLAIN
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in trained.items()}
@@ -103,9 +111,16 @@ def to_peft(
                 f"{weight}: PEFT's {'DoRA' if dora else 'LoRA'} format cannot hold this delta "
                 f"({type(delta).__name__}); save it in litflora's own format"
             )
+        if wrong := _wrong_in_peft(model.get_submodule(layer)):
+            raise AdapterError(
+                f"{weight}: PEFT would compute another model, for it leaves out {wrong}; merge "
+                "this one, or save it in litflora's own format"
+            )
         infix, suffix = ("embedding_", "") if info.kind == "embedding" else ("", ".weight")
         start = (delta.get_parameter(name) for name in sorted(delta.frozen()))  # of PiSSA, OLoRA
         lora_A, lora_B = delta.pair(*map(whole, (delta.lora_A, delta.lora_B, *start)))
+        if info.padding_idx is not None:  # the row that we leave out, and PEFT does not
+            lora_A = lora_A.index_fill(1, torch.tensor(info.padding_idx, device=lora_A.device), 0)
         ones = [1] * (len(info.shape) - 2)
         tensors[f"{PREFIX}{layer}.lora_{infix}A{suffix}"] = lora_A
         tensors[f"{PREFIX}{layer}.lora_{infix}B{suffix}"] = lora_B.reshape(*lora_B.shape, *ones)
@@ -114,6 +129,18 @@ def to_peft(
             tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = whole(delta.magnitude).view(shape)
         ranks[layer], alphas[layer] = len(lora_A), delta.scale * len(lora_A)
     return tensors, {**_config(deltas, trained, ranks, alphas), "use_dora": dora}
+
+
+def _wrong_in_peft(layer: nn.Module) -> str:
+    """What of a layer PEFT does not give to the chain beside it; "" if nothing."""
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return "that the convolution is transposed"
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        if layer.padding_mode != "zeros":
+            return f"padding_mode={layer.padding_mode!r}"
+        if any(step > 1 for step in layer.dilation):
+            return f"dilation={layer.dilation}"
+    return ""
 
 
 def _config(

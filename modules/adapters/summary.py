@@ -67,7 +67,8 @@ class Summary:
         rows: One for each delta.
         trainable: Parameters that train, deltas and others.
         total: Parameters of the base.
-        adapter_params: Parameters of all deltas.
+        adapter_params: Parameters of all deltas, with those that stay as they start.
+        adapter_frozen: Of these, those that stay.
         in_place: Names of the base's own parameters that train.
         saved_bytes: Bytes that autograd keeps for the example's backward, parameters left out
             and every storage counted once; None without an example.
@@ -78,6 +79,7 @@ class Summary:
     trainable: int = 0
     total: int = 0
     adapter_params: int = 0
+    adapter_frozen: int = 0
     in_place: list[str] = field(default_factory=list)
     saved_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
@@ -113,7 +115,8 @@ class Summary:
         share = self.trainable / self.total if self.total else 0.0
         yield (
             f"trainable {self.trainable:,} ({share:.2%} of the base's {self.total:,}), "
-            f"of which in deltas {self.adapter_params:,}"
+            f"of which in deltas {self.adapter_params - self.adapter_frozen:,}"
+            + (f" beside {self.adapter_frozen:,} frozen" if self.adapter_frozen else "")
         )
         if self.rows:
             names = {"peft": "PEFT's form", "loralib": "loralib", "article": "FLoRA article"}
@@ -163,6 +166,7 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
         result.trainable += size if parameter.requires_grad else 0
         if id(parameter) in deltas:
             result.adapter_params += size
+            result.adapter_frozen += 0 if parameter.requires_grad else size
             continue
         result.total += size
         if parameter.requires_grad:

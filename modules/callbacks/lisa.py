@@ -222,8 +222,8 @@ class LISA(Callback):
             "lisa/optimizer_bytes": state_sizes(trainer.optimizers)[0],
             **{f"lisa/active_{i}": number for i, number in enumerate(numbers)},
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(told, step=trainer.global_step)
+        for logger in trainer.loggers:  # beside what Lightning logs of the step
+            logger.log_metrics(told, step=trainer.global_step - 1)
         if self._untold and trainer.is_global_zero:
             print(self._forecast(trainer, pl_module), flush=True)
         self._untold = False

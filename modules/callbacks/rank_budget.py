@@ -154,6 +154,12 @@ class RankBudget(Callback):
                 f"met at step {self.schedule.end}"
             )
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Says what is left, after the progress bar has gone."""
+        if stage == "fit" and self.allocator is not None and trainer.is_global_zero:
+            kept, size, modes = self.allocator.budget, self.allocator.size, self.allocator.modes
+            print(f"budget   {kept} of {size} slices are left, a mean rank of {kept / modes:.1f}")
+
     def state_dict(self) -> dict[str, Any]:
         """Scores, and what is kept."""
         return {} if self.allocator is None else self.allocator.state_dict()

@@ -72,6 +72,8 @@ class SourceMonitor(Callback):
         """Sets the source data up; raises if the base cannot be had whole and again."""
         if stage != "fit":
             return
+        if sum(isinstance(callback, SourceMonitor) for callback in trainer.callbacks) > 1:
+            raise ValueError("a run has one SourceMonitor, as source/acc is one figure: leave one")
         if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
             raise ValueError(
                 "SourceMonitor runs the backbone by itself, and the processes share it out: take "

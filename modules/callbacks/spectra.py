@@ -74,7 +74,8 @@ class Spectra(Callback):
             return
         report = measure(pl_module)
         _write(report, self.folder / "spectra.csv")
-        if report.rows and find_spec("matplotlib") is not None:
+        changed = any(row.relative_norm > 0 for row in report.rows)
+        if changed and find_spec("matplotlib") is not None:
             publish(trainer, draw(report), self.folder / "spectra.png", "spectra")
 
 

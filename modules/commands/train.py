@@ -207,7 +207,13 @@ class LitFloraCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = default_callbacks(config, self.command)
         if self.resumed is not None:  # the config of the first start is kept
             self.save_config_callback = None
-        trainer = super().instantiate_trainer(**{"plugins": guards.plugins(config), **kwargs})
+        try:
+            trainer = super().instantiate_trainer(**{"plugins": guards.plugins(config), **kwargs})
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            kind = str(error).split("`")[1]
+            raise ValueError(f"trainer.callbacks has {kind} twice: leave one of them out") from None
         trainer.callbacks[:0] = self.watching  # first: checkpoints stand at the end
         return trainer
 

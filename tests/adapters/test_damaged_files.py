@@ -91,6 +91,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
 # Each names the file.
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "value_in_config": (lambda f: edit_config(f, lambda c: record(c).update(scale=2.0)), "adapter"),
+    "dropout_in_config": (
+        lambda f: edit_config(f, lambda c: record(c).update(dropout=2.0)),
+        "adapter",
+    ),
     "type_in_config": (
         lambda f: edit_config(f, lambda c: record(c).update(ranks="two")),
         "adapter",
@@ -143,6 +147,13 @@ def test_damage_raises_by_name_and_changes_nothing(
     with unchanged(model), pytest.raises(AdapterError, match=message) as error:
         load(model, saved)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_a_model_without_memory_wants_a_device(saved: Path) -> None:
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(AdapterError, match=r"load\(\.\.\., device=\.\.\.\)"):
+        load(model, saved)
 
 
 def test_metadata_may_be_edited(saved: Path) -> None:

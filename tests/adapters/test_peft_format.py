@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litflora.adapters import AdapterError, FLoRA, LoRA, inject, load, save
+from litflora.adapters import AdapterError, FLoRA, Full, LoRA, inject, load, save
 
 from .cases import assert_close, deltas, randomize, relative_error
 from .toys import Net, images, net, unchanged
@@ -142,6 +142,48 @@ def test_what_peft_cannot_hold_is_not_written(tuning: Any, tmp_path: Path) -> No
     with pytest.raises(AdapterError, match=r"(?i)peft"):
         save(model, tmp_path / "a", format="peft")
     assert not (tmp_path / "a").exists() or not list((tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layer", "left_out"),
+    [
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (nn.Conv2d(3, 4, 3, dilation=2), r"dilation=\(2, 2\)"),
+        (nn.ConvTranspose2d(3, 4, 3), "that the convolution is transposed"),
+    ],
+    ids=["reflect", "dilation", "transposed"],
+)
+def test_what_peft_would_compute_otherwise_is_not_exchanged(
+    layer: nn.Module, left_out: str, tmp_path: Path
+) -> None:
+    model, base = nn.Sequential(deepcopy(layer)), nn.Sequential(layer)
+    inject(model, LoRA(rank=2, targets="all"))
+    with pytest.raises(AdapterError, match=left_out):
+        save(model, tmp_path / "a", format="peft")
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3))
+    inject(plain, LoRA(rank=2, targets="all"))
+    save(plain, tmp_path / "b", format="peft")
+    with unchanged(base), pytest.raises(AdapterError, match=left_out):
+        load(base, tmp_path / "b")
+
+
+def test_peft_leaves_the_padding_row_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    ours, base = (nn.Sequential(nn.Embedding(5, 4, padding_idx=2)) for _ in range(2))
+    base.load_state_dict(ours.state_dict())
+    inject(ours, LoRA(rank=2, targets="0"))
+    randomize(ours)
+    save(ours, tmp_path, format="peft")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    tokens = torch.arange(5)
+    assert_close(theirs(tokens).detach(), ours(tokens).detach(), 1e-6)
+
+
+def test_full_tuning_is_no_folder_of_peft(tmp_path: Path) -> None:
+    model = vision()
+    inject(model, Full())
+    with pytest.raises(AdapterError, match="there is none: merge"):
+        save(model, tmp_path / "a", format="peft")
 
 
 @pytest.mark.parametrize(

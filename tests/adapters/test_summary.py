@@ -179,6 +179,7 @@ def test_frozen_factors_are_saved_but_not_counted_as_trained() -> None:
     report = inject(model, FLoRA(rank=4, freeze_factors=True, targets="all"))
     assert report.trainable == 4 * 4 * 2 * 2
     assert report.adapter_params == report.rows[0].params == 64 + 2 * 32 + 2 * 6
+    assert "of which in deltas 64 beside 76 frozen" in str(report)
 
 
 @pytest.mark.parametrize("path", ["side", "merged", "auto"])

@@ -164,7 +164,7 @@ def test_a_period_is_told(base, tmp_path, capsys):
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["lisa/active_0"]]
     first, second = ({name: float(value or 0) for name, value in row.items()} for row in rows)
-    assert (first["step"], second["step"]) == (1, 5)
+    assert (first["step"], second["step"]) == (0, 4)
     for told, batch in ((first, 0), (second, 4)):
         numbers = [told["lisa/active_0"], told["lisa/active_1"]]
         assert [BLOCKS[int(number)] for number in numbers] == watch.batches[batch]

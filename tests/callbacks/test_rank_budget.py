@@ -209,6 +209,14 @@ def test_a_step_that_is_skipped_is_not_scored(base, tmp_path, first):
     assert all(value.isfinite().all() for value in trained(made).values())
 
 
+def test_what_is_left_is_said(base, tmp_path, capsys):
+    _, budget, _ = fit(base, tmp_path)
+    size, modes = budget.allocator.size, budget.allocator.modes
+    last = round(0.4 * size)
+    said = f"budget   {last} of {size} slices are left, a mean rank of {last / modes:.1f}"
+    assert said in capsys.readouterr().out
+
+
 def test_a_training_that_ends_early_says_that_the_budget_is_not_met(base, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *args):

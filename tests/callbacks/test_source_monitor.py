@@ -224,6 +224,8 @@ def test_mistakes_are_said_before_training(base, tmp_path):
         SourceMonitor(Tints(), limit=0)
     with pytest.raises(ValueError, match="Colours is no classification datamodule of litflora"):
         SourceMonitor(Colours())
+    with pytest.raises(ValueError, match="a run has one SourceMonitor"):
+        fit(base, tmp_path, SourceMonitor(Tints()), SourceMonitor(Tints(), head="knn"))
     with pytest.raises(ValueError, match="weights is null"):
         fit(None, tmp_path, SourceMonitor(Tints()))
     five = save_base(tmp_path, num_classes=5)

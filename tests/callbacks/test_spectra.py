@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from shell import litflora
 from tiny import Colours, module, save_base, trainer
 
-from litflora.adapters import FLoRA, Full, NormTuning, PerModule, spectra
+from litflora.adapters import FLoRA, Full, LoRA, NormTuning, PerModule, spectra
 from litflora.callbacks import AdapterFolder, Spectra
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights is null")
@@ -85,6 +85,12 @@ def test_where_no_matrix_changed_there_is_no_picture(base, tmp_path):
     fit(tmp_path / "run", base, NormTuning())
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["spectra.csv"]
     assert table(tmp_path / "run") == []
+
+
+def test_where_nothing_changed_there_is_no_picture_either(base, tmp_path):
+    fit(tmp_path / "run", base, LoRA(rank=2), max_steps=0)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["spectra.csv"]
+    assert {row["relative_norm"] for row in table(tmp_path / "run")} == {"0"}
 
 
 def test_the_picture_reaches_loggers_that_take_figures(base, tmp_path, monkeypatch):

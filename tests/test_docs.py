@@ -85,17 +85,6 @@ def test_a_data_set_of_ones_own_takes_a_file_and_a_recipe(
     assert next(tmp_path.glob("runs/**/adapter")).is_dir()
 
 
-def test_the_source_monitor_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = blocks("docs/forgetting.md", "yaml")[0].replace("test_samples: 200", "test_samples: 20")
-    Path("monitor.yaml").write_text(text)
-    small = ("--data.train_samples", "4", "--data.val_samples", "2", "--trainer.max_epochs", "1")
-    recipes = ("--config", "classification/shapes", "--config", "monitor.yaml")
-    fit = litflora("fit", *recipes, *small, "--trainer.accelerator", "cpu")
-    assert fit.code == 0, fit.err
-    assert re.search(r"source   [01]\.\d{4} before tuning, .* forgotten \(original head\)", fit.out)
-
-
 def test_the_example_of_the_engine_in_other_code(tmp_path: Path) -> None:
     """Somebody else's LightningModule and a plain loop, with nothing but the engine of litflora."""
     example = ROOT / "docs" / "engine_example.py"

@@ -22,6 +22,10 @@ _COSTS = {
     "seconds of training": lambda point: point.seconds,
     "MiB kept for backward": lambda point: point.saved_bytes / 2**20,
 }
+_MARKS = (
+    "Numbers beside the marks are ranks, bars are the standard deviation over seeds. Rings and the "
+    "dashed line are the front:"
+)
 # A browser holds the page to what it promises.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -96,10 +100,7 @@ def _costs(points: Sequence[Point], series: dict[str, int]) -> str:
         draw([_mark(point, series, cost(point)) for point in points], name)
         for name, cost in _COSTS.items()
     )
-    said = (
-        "Numbers beside the marks are ranks, bars are the standard deviation over seeds. Rings "
-        "and the dashed line are the front: nothing else is better at no greater cost."
-    )
+    said = f"{_MARKS} nothing else is better at no greater cost."
     key = f'<ul class="key">{_names(points, series)}</ul>'
     return f'<p class="soft">{said}</p>{key}<div class="grid-of charts">{charts}</div>'
 
@@ -140,7 +141,8 @@ def _forgetting(points: Sequence[Point], series: dict[str, int]) -> str:
     base = next((log[0] for log in logs if 0 in log), None)
     marks = [_mark(point, series, statistics.mean(point.source)) for point in points]
     drawn = scatter(marks, SOURCE, metric, low_x=False, low_y=metric.endswith("loss"), base=base)
-    said = "To the right less is forgotten, and upwards more is learnt."
+    less = "To the right less is forgotten, and upwards more is learnt."
+    said = f"{less} {_MARKS} nothing else has learnt more and forgotten no more."
     names = _names(points, series)
     if base is not None:
         names += _key("the base, before tuning", '<path class="base" d="M17 0V16"/>', 0)

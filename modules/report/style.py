@@ -35,7 +35,7 @@ tbody tr:first-child>*{border-top:1px solid var(--line)}
 th{font-weight:600}
 thead th{background:var(--fill)}
 th:first-child{text-align:left}
-tbody th{white-space:normal;overflow-wrap:anywhere;min-width:7.5rem}
+tbody th{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 .grid-of{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:20px}
 .charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
 figure{margin:0;min-width:0}
@@ -50,7 +50,7 @@ svg .end{text-anchor:end}
 .axis{fill:none;stroke:var(--soft)}
 .grid{stroke:var(--line)}
 .front{fill:none;stroke:var(--soft);stroke-dasharray:4 4}
-.base{stroke:var(--text);stroke-width:1.5;stroke-dasharray:1 3}
+.base{stroke:var(--text);stroke-width:1.5}
 .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
 .bar{stroke:var(--ink);stroke-width:1.5}
 .dot{fill:var(--ink)}

@@ -175,7 +175,9 @@ def test_names_are_no_markup(tmp_path):
 def test_a_table_says_how_it_came_about(tmp_path):
     tunings = {"Probe": 1, "Full": 3, "tuning/lisa": 3, "LoRA": 2}
     told = {"tunings": tunings, "changing": {"tuning/lisa": "LISA"}}
-    done = gathered([point(tmp_path, tuning="Probe")], progress="Unfinished: 3 of 9 runs done.", **told)
+    done = gathered(
+        [point(tmp_path, tuning="Probe")], progress="Unfinished: 3 of 9 runs done.", **told
+    )
     table = markdown(done)
     assert table.startswith("Unfinished: 3 of 9 runs done.\n\n| tuning |")
     tries = "one rate only for Probe; 2 rates for LoRA; 3 rates for Full, tuning/lisa."

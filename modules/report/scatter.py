@@ -96,11 +96,11 @@ def scatter(
 
 def _tags(tags: Sequence[str], places: Sequence[tuple[float, float]]) -> list[str]:
     """What is written beside each mark, where there is room; nothing where there is none."""
-    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in places]
     found = []
     for tag, (x, y) in zip(tags, places, strict=True):
         width = 7 * len(tag)
-        starts = [(left, low) for low in (y - 7, y + 16) for left in (x + 9, x - 9 - width)]
+        starts = [(left, low) for low in (y - 7, y + 16) for left in (x + 10, x - 10 - width)]
         boxes = [(left, low - 10, left + width, low) for left, low in starts]
         free = [box for box in boxes if not any(_meet(box, other) for other in taken)]
         if not tag or not free:

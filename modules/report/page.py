@@ -9,27 +9,31 @@ from html import escape
 
 from .. import __version__
 from . import pictures, tables
-from .curves import DASHES, curves, logged
-from .points import Point, Report, deviation, over, spread
+from .curves import curves, dashes
+from .logged import SOURCE, band, logged
+from .points import Point, Report, deviation
 from .scatter import Mark, scatter
 from .style import STYLE
 from .svg import COLOURS, marker
+from .told import lead
 
 _COSTS = {
     "parameters that train": lambda point: point.parameters,
     "seconds of training": lambda point: point.seconds,
     "MiB kept for backward": lambda point: point.saved_bytes / 2**20,
 }
+_MARKS = (
+    "Numbers beside the marks are ranks, bars are the standard deviation over seeds. Rings and the "
+    "dashed line are the front:"
+)
 # A browser holds the page to what it promises.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-SOURCE = "source/acc"  # what a run logs of the data that its base came from
 
 
 def page(report: Report) -> str:
     """The HTML of a compare; it needs no other file and no network."""
-    title = f"{', '.join(dict.fromkeys(p.tuning for p in report.points))} on {report.recipe}"
-    title = title if report.points else f"A compare on {report.recipe}"
-    series = {name: n for n, name in enumerate(dict.fromkeys(p.tuning for p in report.points))}
+    title = f"{', '.join(report.tunings)} on {report.recipe}"
+    series = {name: n for n, name in enumerate(report.tunings)}
     sections = [_opening(title, report), *map(_section, *_sections(report, series))]
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -45,7 +49,7 @@ def _sections(report: Report, series: dict[str, int]) -> tuple[list[str], list[s
     """Headings, and what stands below each; what is empty is left out."""
     points, tested = report.points, [point for point in report.points if point.whole]
     found = {
-        "Results": tables.results(points) if points else "",
+        "Results": tables.results(report) if points else "",
         "What it costs": _costs(tested, series),
         "Learning curves": _curves(points, series),
         "Learning rates": tables.sweeps(report.sweeps, _swept_metric(points)),
@@ -68,26 +72,12 @@ def _opening(title: str, report: Report) -> str:
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in [*report.budget, ("litflora", __version__)]
     )
-    undone = f"<p>{report.undone} runs are still to be done.</p>" if report.undone else ""
+    progress = f"<p>{escape(report.progress)}</p>" if report.progress else ""
     return (
         f'<header><p class="soft">litflora compare</p><h1>{escape(title)}</h1>'
-        f'<p class="lead">{escape(_lead(report.points))}</p>{undone}'
+        f'<p class="lead">{escape(lead(report))}</p>{progress}'
         f'<p class="soft">All runs had the same data and steps:</p><dl class="budget">{budget}</dl>'
         "</header>"
-    )
-
-
-def _lead(points: Sequence[Point]) -> str:
-    """What came out, and how: the best by validation, for the best by the test would flatter."""
-    tested = [point for point in points if point.whole]
-    if not tested:
-        return "No run has been tested yet."
-    low = tested[0].val_metric.endswith("loss")
-    best = (min if low else max)(tested, key=lambda p: statistics.mean(p.val))
-    return (
-        f"{best.label} has the best {best.val_metric}, and comes to {best.test_metric} "
-        f"{spread(best.test)} {over(len(best.seeds))}. Each learning rate was chosen on the "
-        "validation data alone, and the test data were read for the chosen one only."
     )
 
 
@@ -95,18 +85,10 @@ def _swept_metric(points: Sequence[Point]) -> str:
     return points[0].val_metric if points else "validation metric"
 
 
-def _marks(points: Sequence[Point], series: dict[str, int], cost: str) -> list[Mark]:
-    return [
-        Mark(
-            point.label,
-            "" if point.rank is None else str(point.rank),
-            series[point.tuning],
-            _COSTS[cost](point),
-            statistics.mean(point.test),
-            deviation(point.test),
-        )
-        for point in points
-    ]
+def _mark(point: Point, series: dict[str, int], x: float) -> Mark:
+    tag = "" if point.rank is None else str(point.rank)
+    learnt = statistics.mean(point.test), deviation(point.test)
+    return Mark(point.label, tag, series[point.tuning], x, *learnt)
 
 
 def _costs(points: Sequence[Point], series: dict[str, int]) -> str:
@@ -114,14 +96,19 @@ def _costs(points: Sequence[Point], series: dict[str, int]) -> str:
         return ""
     metric = points[0].test_metric
     draw = partial(scatter, y_name=metric, low_y=metric.endswith("loss"))
-    charts = "".join(draw(_marks(points, series, cost), cost) for cost in _COSTS)
-    said = (
-        "Numbers beside the marks are ranks, bars are the standard deviation over seeds. Rings "
-        "and the dashed line are the front: nothing else is better at no greater cost."
+    charts = "".join(
+        draw([_mark(point, series, cost(point)) for point in points], name)
+        for name, cost in _COSTS.items()
     )
-    names = "".join(_key(name, marker(n, 17, 8), n) for name, n in series.items())
-    key = f'<ul class="key">{names}</ul>'
-    return f'<p class="soft">{said}</p>{key}<div class="grid-of">{charts}</div>'
+    said = f"{_MARKS} nothing else is better at no greater cost."
+    key = f'<ul class="key">{_names(points, series)}</ul>'
+    return f'<p class="soft">{said}</p>{key}<div class="grid-of charts">{charts}</div>'
+
+
+def _names(points: Sequence[Point], series: dict[str, int]) -> str:
+    """The lines of a legend of tunings."""
+    names = dict.fromkeys(point.tuning for point in points)
+    return "".join(_key(name, marker(series[name], 17, 8), series[name]) for name in names)
 
 
 def _key(name: str, drawn: str, series: int) -> str:
@@ -132,35 +119,35 @@ def _key(name: str, drawn: str, series: int) -> str:
 
 
 def _curves(points: Sequence[Point], series: dict[str, int]) -> str:
-    drawn = curves(points, series)
-    if not drawn:
+    points = [point for point in points if band(point.folders, point.val_metric)]
+    if not points:
         return ""
-    names = []
+    dashed, names = dashes(points, series), ""
     for point in points:
-        same = [other.label for other in points if other.tuning == point.tuning]
-        dash = DASHES[same.index(point.label) % len(DASHES)]
-        line = f'<path class="curve" stroke-dasharray="{dash}" d="M0 8H34"/>'
-        names.append(_key(point.label, line, series[point.tuning]))
+        line = f'<path class="curve" stroke-dasharray="{dashed[point.label]}" d="M0 8H34"/>'
+        names += _key(point.label, line, series[point.tuning])
     said = "Lines are means over the seeds, bands go from the least to the greatest."
-    return f'<p class="soft">{said}</p><ul class="key">{"".join(names)}</ul>{drawn}'
+    key = f'<ul class="key">{names}</ul>'
+    return f'<p class="soft">{said}</p>{key}{curves(points, series)}'
 
 
 def _forgetting(points: Sequence[Point], series: dict[str, int]) -> str:
     """What was learnt against what is left of the source task, where runs have logged it."""
-    marks = []
-    for point in points:
-        kept = [list(log.values())[-1] for f in point.folders if (log := logged(f, SOURCE))]
-        if kept:
-            tag = "" if point.rank is None else str(point.rank)
-            learnt = statistics.mean(point.test), deviation(point.test)
-            left = statistics.mean(kept)
-            marks.append(Mark(point.label, tag, series[point.tuning], left, *learnt))
-    if not marks:
+    points = [point for point in points if point.source]
+    if not points:
         return ""
     metric = points[0].test_metric
-    said = "To the right less is forgotten, and upwards more is learnt."
-    drawn = scatter(marks, SOURCE, metric, low_x=False, low_y=metric.endswith("loss"))
-    return f'<p class="soft">{said}</p><div class="grid-of">{drawn}</div>'
+    logs = [logged(folder, SOURCE) for point in points for folder in point.folders]
+    base = next((log[0] for log in logs if 0 in log), None)
+    marks = [_mark(point, series, statistics.mean(point.source)) for point in points]
+    drawn = scatter(marks, SOURCE, metric, low_x=False, low_y=metric.endswith("loss"), base=base)
+    less = "To the right less is forgotten, and upwards more is learnt."
+    said = f"{less} {_MARKS} nothing else has learnt more and forgotten no more."
+    names = _names(points, series)
+    if base is not None:
+        names += _key("the base, before tuning", '<path class="base" d="M17 0V16"/>', 0)
+    key = f'<ul class="key">{names}</ul>'
+    return f'<p class="soft">{said}</p>{key}<div class="grid-of charts">{drawn}</div>'
 
 
 def _pictures(points: Sequence[Point]) -> str:

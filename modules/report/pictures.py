@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .logged import UNREADABLE
 from .points import Point
 
 WIDEST = 900  # pixels
@@ -24,6 +25,8 @@ KINDS = (
 
 def pictures(point: Point) -> str:
     """The pictures of a point's first seed; nothing if it has left none."""
+    if not point.folders:
+        return ""
     folder = point.folders[0]
     found = [(sorted(folder.glob(pattern)), what) for pattern, what in KINDS]
     figures = [_figure(paths[-1], f"{point.label}: {what}") for paths, what in found if paths]
@@ -31,8 +34,12 @@ def pictures(point: Point) -> str:
 
 
 def _figure(path: Path, said: str) -> str:
+    """A picture and what it shows; nothing of one that cannot be read."""
+    try:
+        source = inlined(path)
+    except (*UNREADABLE, SyntaxError):  # which is what Pillow says of a broken PNG
+        return ""
     told = escape(said)
-    source = inlined(path)
     alt = escape(said + _data(path.with_suffix(".csv")))
     image = f'<img src="{source}" alt="{alt}" loading="lazy">'
     return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
@@ -40,9 +47,10 @@ def _figure(path: Path, said: str) -> str:
 
 def _data(path: Path) -> str:
     """The beginning of the table beside a picture, for those who do not see it."""
-    if not path.is_file():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UNREADABLE:
         return ""
-    lines = path.read_text(encoding="utf-8").splitlines()
     return f". Its figures: {textwrap.shorten('; '.join(lines), MOST_FIGURES, placeholder=' ...')}"
 
 

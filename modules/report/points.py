@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Point:
-    """One tuning at one rank, at its chosen rate.
+    """One tuning at one rank, at its chosen rate, or with the reason that there is none.
 
     Attributes:
         tuning: As it was asked for.
@@ -21,13 +21,16 @@ class Point:
         test_metric: The same on the test data.
         val: Of all seeds, at the chosen rate.
         test: Of all seeds that were tested.
+        source: Accuracy on the source data at the end, of the seeds that have logged it.
+        forgotten: What was lost of the base's accuracy there, of the same.
         seeds: The seeds.
-        parameters: How many train.
+        parameters: How many train; None if that is not known, as of what has failed.
         saved_bytes: What autograd keeps for the backward of one batch.
         seconds: Mean length of a training, with its validations.
         folders: The runs.
         commands: What makes the same runs again.
         tests: What tests their adapters again.
+        lost: Why no rate could be chosen; empty if one was.
     """
 
     tuning: str
@@ -37,13 +40,16 @@ class Point:
     test_metric: str
     val: list[float]
     test: list[float]
+    source: list[float]
+    forgotten: list[float]
     seeds: list[int]
-    parameters: int
+    parameters: int | None
     saved_bytes: int
     seconds: float
     folders: list[Path]
     commands: list[str]
     tests: list[str]
+    lost: str = ""
 
     @property
     def label(self) -> str:
@@ -55,24 +61,24 @@ class Point:
         """Whether all seeds were tested, and came to numbers: only then means can be compared."""
         return len(self.test) == len(self.seeds) and all(map(math.isfinite, self.test))
 
-    def tested(self) -> str:
-        """The test metric, and of how many seeds if those are not all."""
-        some = 0 < len(self.test) < len(self.seeds)
-        of = f" ({len(self.test)} of {len(self.seeds)} seeds)" if some else ""
-        return spread(self.test) + of
+    def mean_of(self, values: Sequence[float]) -> str:
+        """Mean and spread, and of how many seeds if those are not all."""
+        some = 0 < len(values) < len(self.seeds)
+        return spread(values) + (f" ({len(values)} of {len(self.seeds)} seeds)" if some else "")
 
-    def cells(self) -> tuple[str, ...]:
-        """The point as a row of a table."""
-        return (
-            self.tuning,
-            "" if self.rank is None else str(self.rank),
-            rate_text(self.rate),
-            spread(self.val),
-            self.tested(),
-            f"{self.parameters:,}",
-            f"{self.saved_bytes / 2**20:.3g} MiB",
-            f"{self.seconds:.3g}",
-        )
+    def cells(self, forgetting: bool) -> list[str]:
+        """The point as a row of a table.
+
+        Args:
+            forgetting: Whether there is a column for what was forgotten.
+        """
+        figures = [spread(self.val), *([self.mean_of(self.forgotten)] if forgetting else [])]
+        rate = self.lost or rate_text(self.rate)
+        row = [self.label, self.mean_of(self.test), *figures, rate]
+        if self.parameters is None:
+            return [*row, "", "", ""]
+        mebibytes = f"{self.saved_bytes / 2**20:.3g} MiB"
+        return [*row, f"{self.parameters:,}", mebibytes, f"{self.seconds:.3g}"]
 
 
 @dataclass(frozen=True)
@@ -98,19 +104,37 @@ class Report:
         recipe: What was tuned.
         command: What makes all of it again.
         budget: What every run had, as name and value.
-        points: One for each tuning and rank that has a chosen rate.
+        tunings: All that were asked for, and how many rates each was given.
+        changing: Of the tunings whose costs change during training, the callbacks that do it.
+        points: One for each tuning and rank whose runs are done.
         sweeps: One for each tuning and rank.
         errors: The runs that have failed, and why.
-        undone: How many runs are still to be done.
+        progress: How far an unfinished compare has come; empty of a finished one.
     """
 
     recipe: str
     command: str
     budget: list[tuple[str, str]]
+    tunings: dict[str, int]
+    changing: dict[str, str]
     points: list[Point]
     sweeps: list[Sweep]
     errors: list[tuple[str, str]]
-    undone: int
+    progress: str
+
+
+def table_of(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """The heads and rows of the table of results, what matters most first."""
+    val, test = (points[0].val_metric, points[0].test_metric) if points else ("val", "test")
+    forgetting = any(point.forgotten for point in points)
+    figures = [test, val, *(["forgotten"] if forgetting else [])]
+    head = ["tuning", *figures, "lr", "parameters", "kept for backward", "seconds"]
+    return head, [point.cells(forgetting) for point in points]
+
+
+def shown(value: float) -> str:
+    """A metric as tables show it."""
+    return f"{value:.4f}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -119,8 +143,8 @@ def spread(values: Sequence[float]) -> str:
         return ""
     if not all(map(math.isfinite, values)):
         return "nan"
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+    mean = shown(statistics.mean(values))
+    return f"{mean} ± {shown(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -16,10 +16,10 @@ STYLE = (
 body{margin:0;background:var(--page);color:var(--text);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1160px;margin:0 auto;padding:24px 16px 64px}
-h1{font-size:1.7rem;line-height:1.25;margin:.2em 0 .4em}
+h1{font-size:1.7rem;line-height:1.25;margin:.2em 0 .4em;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.2em 0 .6em}
 p,dl{max-width:70ch}
-.lead{font-size:1.08rem}
+.lead{font-size:1.08rem;overflow-wrap:anywhere}
 .soft,figcaption{color:var(--soft);font-size:.9rem}
 dl.budget{display:flex;flex-wrap:wrap;gap:8px;margin:1em 0;max-width:none}
 dl.budget div{background:var(--fill);border:1px solid var(--line);border-radius:8px;
@@ -35,7 +35,9 @@ tbody tr:first-child>*{border-top:1px solid var(--line)}
 th{font-weight:600}
 thead th{background:var(--fill)}
 th:first-child{text-align:left}
+tbody th{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 .grid-of{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:20px}
+.charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
 figure{margin:0;min-width:0}
 figure.wide{max-width:560px}
 svg,img{display:block;width:100%;height:auto}
@@ -48,6 +50,7 @@ svg .end{text-anchor:end}
 .axis{fill:none;stroke:var(--soft)}
 .grid{stroke:var(--line)}
 .front{fill:none;stroke:var(--soft);stroke-dasharray:4 4}
+.base{stroke:var(--text);stroke-width:1.5}
 .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
 .bar{stroke:var(--ink);stroke-width:1.5}
 .dot{fill:var(--ink)}

@@ -127,7 +127,10 @@ def focusable(said: str, drawn: str, series: int) -> str:
 
 
 def marker(series: int, x: float, y: float, size: float = 5.5) -> str:
-    """A shape for each series, so that colour alone tells nothing."""
+    """A shape for each series, so that colour alone tells nothing.
+
+    There is one shape less than there are colours: both together come again late.
+    """
     shapes = (
         "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0 -1 0Z",
         "M-.9 -.9H.9V.9H-.9Z",
@@ -136,7 +139,6 @@ def marker(series: int, x: float, y: float, size: float = 5.5) -> str:
         "M0 1.15L1.1 -.85H-1.1Z",
         "M-.4 -1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4Z",
         "M-1.2 -.6H1.2V.6H-1.2Z",
-        "M-.6 -1.2H.6V1.2H-.6Z",
     )
     shape = shapes[series % len(shapes)]
     return f'<path class="dot" transform="translate({x:.1f} {y:.1f}) scale({size})" d="{shape}"/>'

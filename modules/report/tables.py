@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from .points import Point, Sweep, averaged, rate_text
+from .logged import UNREADABLE
+from .points import Point, Report, Sweep, averaged, rate_text, shown, table_of
+from .told import notes
 
 MOST_CLASSES = 30
 
@@ -33,22 +35,22 @@ def table(caption: str, head: Sequence[str], body: Iterable[Sequence[str]]) -> s
     )
 
 
-def results(points: Sequence[Point]) -> str:
+def results(report: Report) -> str:
     """A row for each tuning and rank; the best mean of the test metric over all seeds is marked."""
-    first = points[0]
-    head = ("tuning", "rank", "lr", first.val_metric, first.test_metric)
-    costs = ("parameters", "kept for backward", "seconds")
+    points = report.points
+    metric = points[0].test_metric
+    head, body = table_of(points)
     means = [statistics.mean(p.test) if p.whole else math.nan for p in points]
     finite = [mean for mean in means if math.isfinite(mean)]
-    low = first.test_metric.endswith("loss")
-    best = (min if low else max)(finite) if finite else math.nan
-    body = []
-    for point, mean in zip(points, means, strict=True):
-        cells = [escape(cell) for cell in point.cells()]
-        cells[4] = f"<strong>{cells[4]}</strong>" if mean == best else cells[4]
-        body.append(cells)
-    caption = f"{averaged(len(first.seeds))}; the best {first.test_metric} is bold"
-    return table(caption, [*map(escape, head), *costs], body)
+    best = (min if metric.endswith("loss") else max)(finite) if finite else math.nan
+    rows = []
+    for cells, mean in zip(body, means, strict=True):
+        first, test, *rest = map(escape, cells)
+        bold = shown(mean) == shown(best) and math.isfinite(mean)
+        rows.append([first, f"<strong>{test}</strong>" if bold else test, *rest])
+    caption = f"{averaged(len(points[0].seeds))}; the best {metric} is bold"
+    below = escape(" ".join(notes(report)))
+    return f'{table(caption, list(map(escape, head)), rows)}<p class="soft">{below}</p>'
 
 
 def sweeps(found: Sequence[Sweep], metric: str) -> str:
@@ -73,7 +75,7 @@ def sweeps(found: Sequence[Sweep], metric: str) -> str:
 
 def _swept(sweep: Sweep, rate: float | None) -> str:
     value = sweep.values.get(rate, "")
-    text = value if isinstance(value, str) else f"{value:.4f}"
+    text = value if isinstance(value, str) else shown(value)
     return f"<strong>{text}</strong> (chosen)" if rate in sweep.chosen else text
 
 
@@ -104,10 +106,18 @@ def _class_scores(point: Point) -> dict[str, float]:
     """The mean over seeds of each class's score."""
     found: dict[str, list[float]] = {}
     for path in _class_files(point):
-        with path.open(newline="", encoding="utf-8") as file:
-            for name, score in list(csv.reader(file))[1:]:
-                found.setdefault(name, []).append(float(score))
+        for name, score in _scores_in(path):
+            found.setdefault(name, []).append(score)
     return {name: statistics.mean(scores) for name, scores in found.items()}
+
+
+def _scores_in(path: Path) -> list[tuple[str, float]]:
+    """Classes and their scores; nothing of a file that is no such table."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [(name, float(score)) for name, score in list(csv.reader(file))[1:]]
+    except UNREADABLE:
+        return []
 
 
 def _range(values: Sequence[float]) -> float:

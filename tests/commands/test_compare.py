@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 from html import escape
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
+from markup import Reader
 from safetensors.torch import load_file
 from shell import files_below, litflora
 
@@ -26,8 +26,6 @@ from litflora.commands import run_lock
 from litflora.commands.compare import axes, bar, data, equal, folder, plan, running, versions
 from litflora.commands.compare.choosing import Score, choose
 from litflora.commands.compare.class_accuracy import ClassAccuracy
-from litflora.report import Point, Report, Sweep, page
-from litflora.report.scatter import Mark, front
 
 TINY = {
     "--data.train_samples": 20,
@@ -89,11 +87,12 @@ def test_the_files_that_are_left(done):
     assert "adapter/adapter_model.safetensors" in kept
     assert not any(name.endswith(".ckpt") for name in kept)
     table = (out / "results.md").read_text().splitlines()
-    lines = ["", "Figures are of one seed. Rates are chosen by validation alone.", ""]
-    assert table[4:7] == lines
+    said = table[5]
+    assert said.startswith("Figures are of one seed. Rates are chosen by validation alone. Tries")
+    assert "one rate only for tuning/probe; 2 rates for FLoRA." in said
     assert table[7].startswith("    litflora compare quickstart --tunings FLoRA tuning/probe ")
     assert f"    litflora test --adapter {run / 'adapter'}" in table
-    assert table[0].startswith("| tuning | rank | lr | val/acc | test/acc | parameters |")
+    assert table[0].startswith("| tuning | test/acc | val/acc | lr | parameters |")
 
 
 def test_the_command_of_a_row_makes_the_same_run(done, tmp_path, monkeypatch):
@@ -243,7 +242,7 @@ def test_a_value_that_is_no_number_is_a_result(play, tmp_path):
     told = compare(tmp_path / "out", *LORA)
     assert told.code == 0, told.err
     assert [call[1] for call in played.calls if call[0] == "test"] == [0.001, 0.001]
-    assert "| 0.001 | 0.5000 ± 0.0000 | nan |" in (tmp_path / "out" / "results.md").read_text()
+    assert "| nan | 0.5000 ± 0.0000 | 0.001 |" in (tmp_path / "out" / "results.md").read_text()
     assert "<td>nan</td>" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -626,30 +625,6 @@ class Split:
 # The page ---------------------------------------------------------------------------------------
 
 
-class Reader(HTMLParser):
-    """Notes elements, and whether every one that is opened is closed."""
-
-    VOID = ("meta", "link", "img", "path", "circle", "br")
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.found, self.titled = [], [], 0
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        self.titled += tag == "title" and self.open[-1] == "svg"
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.found if name == tag]
-
-
 @pytest.fixture(scope="module")
 def html(done):
     return (done[0] / "report.html").read_text()
@@ -686,127 +661,6 @@ def test_the_page_says_what_came_out(html, done):
     for row in rows_of(done[0]):
         assert (row["command"] in html) == (row["chosen"] == "1")
     assert "triangle" in html
-
-
-def point(tmp_path, **changes):
-    same = {"rank": None, "rate": 0.1, "val_metric": "val/acc", "test_metric": "test/acc"}
-    figures = {"parameters": 10, "saved_bytes": 0, "seconds": 1.0, "tests": ["again"]}
-    runs = {"val": [0.5], "test": [0.5], "seeds": [0], "folders": [tmp_path], "commands": ["x"]}
-    return Point(**{"tuning": "<b>", **same, **figures, **runs, **changes})
-
-
-def report(points, **changes):
-    same = {"recipe": "r", "command": "litflora compare r", "budget": [], "sweeps": []}
-    return page(Report(**{"points": points, **same, "errors": [], "undone": 0, **changes}))
-
-
-def test_names_are_text_and_one_point_is_enough(tmp_path):
-    html = report([point(tmp_path)], recipe="my & recipe", budget=[("max_epochs", "1")])
-    assert Reader(html).open == []
-    assert "<b>" not in html
-    assert "&lt;b&gt; on my &amp; recipe" in html
-
-
-def test_seeds_are_shown_as_a_spread(tmp_path):
-    folders = [tmp_path / "0", tmp_path / "1"]
-    for folder_, last in zip(folders, ("0.4", "0.6"), strict=True):
-        folder_.mkdir()
-        (folder_ / "metrics.csv").write_text(f"step,val/acc\n4,0.2\n9,{last}\n")
-    runs = {"folders": folders, "seeds": [0, 1], "test": [0.4, 0.5], "val": [0.4, 0.6]}
-    html = report([point(tmp_path, **runs)])
-    assert "0.4500 ± 0.0707 over 2 seeds" in html
-    assert html.count('class="bar"') == 3  # of the three costs
-    assert html.count('class="band"') == 1
-    assert "At the end: &lt;b&gt; 0.5." in html
-
-
-def test_what_is_no_number_breaks_no_page(tmp_path):
-    (tmp_path / "metrics.csv").write_text(
-        "step,val/acc,source/acc\n4,0.2,nan\n9,nan,0.5\n14,inf,\n"
-    )
-    broken = point(tmp_path, test=[math.nan, 0.5], val=[0.1, 0.2], seeds=[0, 1])
-    html = report([broken], sweeps=[Sweep("<b>", [], {0.1: math.nan, 0.2: "not done"})])
-    assert "<td>nan</td>" in html
-    assert "<td>nan</td><td>not done</td>" in html
-    assert "At the end: &lt;b&gt; 0.2." in html
-
-
-def test_a_mean_over_fewer_seeds_is_told_and_never_the_best(tmp_path):
-    seeds = {"seeds": [0, 1], "val": [0.5, 0.5]}
-    some = point(tmp_path, tuning="some", test=[0.9], **seeds)
-    html = report([some, point(tmp_path, tuning="all", test=[0.4, 0.5], **seeds)])
-    assert "<td>0.9000 (1 of 2 seeds)</td>" in html
-    assert "<strong>0.4500 ± 0.0707</strong>" in html
-    assert '<p class="lead">all has the best' in html
-    assert "Mean ± standard deviation over 2 seeds" in html
-
-
-def test_the_opening_names_the_best_by_validation(tmp_path):
-    flattered = point(tmp_path, tuning="flattered", val=[0.4], test=[0.9])
-    html = report([flattered, point(tmp_path, tuning="best", val=[0.6], test=[0.5])])
-    assert "best has the best val/acc, and comes to test/acc 0.5000 of one seed." in html
-    assert "Figures are of one seed; the best test/acc is bold" in html
-
-
-def test_the_page_holds_the_commands(tmp_path):
-    html = report([point(tmp_path)], command="litflora compare 'my recipe'")
-    assert "<pre>litflora compare &#x27;my recipe&#x27;</pre>" in html
-    assert "<pre>x\nagain</pre>" in html
-
-
-def test_a_rate_at_the_end_of_what_was_tried_is_told(tmp_path):
-    tried = {0.01: 0.4, 0.1: 0.5, 1.0: "failed"}
-    inner = report([point(tmp_path)], sweeps=[Sweep("<b>", [0.1], tried)])
-    assert '<th scope="col">tuning</th><th scope="col">0.01</th>' in inner
-    assert "<strong>0.5000</strong> (chosen)" in inner
-    assert "<td>failed</td>" in inner
-    assert "Chosen at the end" not in inner
-    ends = report([point(tmp_path)], sweeps=[Sweep("<b>", [0.01], tried)])
-    assert "may be better: &lt;b&gt;." in ends
-
-
-def test_a_page_before_anything_is_done():
-    html = report([], errors=[("a", "it broke")], undone=3)
-    assert Reader(html).open == []
-    assert "No run has been tested yet." in html
-    assert "3 runs are still to be done" in html
-    assert "it broke" in html
-
-
-def test_what_runs_have_logged_of_their_source_is_shown(tmp_path):
-    assert "Learnt and forgotten" not in report([point(tmp_path)])
-    (tmp_path / "metrics.csv").write_text("step,val/acc,source/acc\n1,0.1,\n1,,0.9\n2,0.2,0.75\n")
-    html = report([point(tmp_path)])
-    assert "Learnt and forgotten" in html
-    assert "0.5 at 0.75" in html
-
-
-def test_pictures_of_a_run_are_inside_the_page(tmp_path):
-    from PIL import Image
-
-    for name in ("gallery/epoch_001.png", "gallery/epoch_002.png", "spectra.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (2000, 1000), "red").save(tmp_path / name)
-    (tmp_path / "spectra.csv").write_text("name,norm\nhead,0.5\n")
-    found = Reader(report([point(tmp_path)])).all("img")
-    assert found[1]["alt"].endswith(". Its figures: name,norm; head,0.5")
-    assert [attrs["alt"].partition(": ")[2][:10] for attrs in found] == ["validation", "singular v"]
-    assert all(len(attrs["src"]) < 20_000 for attrs in found)
-
-
-@pytest.mark.parametrize(
-    ("low_x", "low_y", "best"),
-    [(True, False, "ac"), (False, False, "dc"), (True, True, "a"), (False, True, "dba")],
-)
-def test_the_front(low_x, low_y, best):
-    places = {"a": (1, 0.5), "b": (2, 0.55), "c": (2, 0.9), "d": (3, 0.6)}
-    marks = [Mark(name, "", 0, x, y, 0.0) for name, (x, y) in places.items()]
-    assert "".join(mark.label for mark in front(marks, low_x, low_y)) == best
-
-
-def test_equals_are_both_on_the_front():
-    marks = [Mark(name, "", 0, x, 0.5, 0.0) for name, x in {"a": 1, "b": 1, "c": 2}.items()]
-    assert [mark.label for mark in front(marks, low_x=True, low_y=False)] == ["a", "b"]
 
 
 # A browser --------------------------------------------------------------------------------------

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
-import statistics
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ...adapters.replacing import replacing
 from ...adapters.summary import text_table
-from ...report import Point, Report, Sweep, page
-from ...report.points import averaged
+from ...report import markdown, page
+from ...report.logged import FORGOTTEN, SOURCE, last
+from ...report.points import table_of
+from . import gathered
 from .choosing import Score, choose
 from .plan import Cell, Run
 
@@ -43,6 +42,10 @@ class Row:
     test: dict[str, Any]
     error: str
     folder: Path
+
+    def last(self, metric: str) -> float | None:
+        """What the fit has logged last of a metric."""
+        return last(self.folder, metric) if self.fit else None
 
 
 def read(out: Path, run: Run, name: str) -> dict[str, Any]:
@@ -110,30 +113,28 @@ def write_tables(rows: list[Row], out: Path, command: str) -> None:
     ):
         csv.writer(file).writerows(_csv(rows, out))
     with replacing(out / "results.md") as temporary:
-        text = "\n".join(_markdown(_points(rows), command))
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+        temporary.write_text(markdown(gathered.report(rows, command)), encoding="utf-8")
 
 
 def write_page(rows: list[Row], out: Path, command: str) -> None:
     """Writes ``report.html``; what is given is as in `write_tables`."""
     with replacing(out / "report.html") as temporary:
-        temporary.write_text(page(_report(rows, command)), encoding="utf-8")
+        temporary.write_text(page(gathered.report(rows, command)), encoding="utf-8")
 
 
 def told(rows: list[Row], out: Path) -> str:
     """The table, and where the page is."""
-    head, *body = _table(_points(rows))
-    return "\n".join([*text_table(head, body), "", f"report   {out / 'report.html'}"])
-
-
-def _metrics(rows: list[Row]) -> tuple[str, str]:
-    val = next((row.fit["metric"] for row in rows if row.fit), "val")
-    return val, val.replace("val", "test", 1)
+    head, body = table_of(gathered.points(rows))
+    table = text_table(tuple(head), [tuple(cells) for cells in body])
+    return "\n".join([*table, "", f"report   {out / 'report.html'}"])
 
 
 def _csv(rows: list[Row], out: Path) -> Iterable[tuple[Any, ...]]:
+    source = [
+        name for name in (SOURCE, FORGOTTEN) if any(row.last(name) is not None for row in rows)
+    ]
     yield (
-        *("tuning", "rank", "lr", "seed", "chosen", *_metrics(rows)),
+        *("tuning", "rank", "lr", "seed", "chosen", *gathered.metrics(rows), *source),
         *("parameters", "saved_bytes", "seconds", "folder", "command", "failed"),
     )
     for row in rows:
@@ -141,88 +142,7 @@ def _csv(rows: list[Row], out: Path) -> Iterable[tuple[Any, ...]]:
         seconds = f"{fit['seconds']:.2f}" if fit else ""
         yield (
             *(run.tuning, run.rank, run.rate, run.seed, int(row.chosen)),
-            *(fit.get("val"), row.test.get("test"), fit.get("parameters"), fit.get("saved_bytes")),
-            *(seconds, row.folder.relative_to(out).as_posix(), run.command, row.error),
+            *(fit.get("val"), row.test.get("test"), *map(row.last, source)),
+            *(fit.get("parameters"), fit.get("saved_bytes"), seconds),
+            *(row.folder.relative_to(out).as_posix(), run.command, row.error),
         )
-
-
-def _points(rows: list[Row]) -> list[Point]:
-    """A point for each cell that has a chosen rate."""
-    val, test = _metrics(rows)
-    chosen = (row for row in rows if row.chosen)
-    found = []
-    for _, group in groupby(chosen, lambda row: id(row.cell)):
-        of_cell = list(group)
-        fits, cell = [row.fit for row in of_cell], of_cell[0].cell
-        found.append(
-            Point(
-                tuning=cell.tuning,
-                rank=cell.rank,
-                rate=of_cell[0].run.rate,
-                val_metric=val,
-                test_metric=test,
-                val=[fit["val"] for fit in fits],
-                test=[row.test["test"] for row in of_cell if row.test],
-                seeds=[row.run.seed for row in of_cell],
-                parameters=fits[0]["parameters"],
-                saved_bytes=fits[0]["saved_bytes"],
-                seconds=statistics.mean(fit["seconds"] for fit in fits),
-                folders=[row.folder for row in of_cell],
-                commands=[row.run.command for row in of_cell],
-                tests=[_test_command(row) for row in of_cell],
-            )
-        )
-    return found
-
-
-def _test_command(row: Row) -> str:
-    return shlex.join(["litflora", "test", "--adapter", str(row.folder / "adapter")])
-
-
-def _sweeps(rows: list[Row]) -> list[Sweep]:
-    """The rates of each cell."""
-    found = []
-    for _, group in groupby(rows, lambda row: id(row.cell)):
-        of_cell = list(group)
-        by_rate: dict[float | None, list[Row]] = {}
-        for row in of_cell:
-            by_rate.setdefault(row.run.rate, []).append(row)
-        chosen = list(dict.fromkeys(row.run.rate for row in of_cell if row.chosen))
-        values = {rate: _swept(of_rate) for rate, of_rate in by_rate.items()}
-        found.append(Sweep(of_cell[0].run.label, chosen, values))
-    return found
-
-
-def _swept(rows: list[Row]) -> float | str:
-    """The mean validation metric of the runs of a rate, or why there is none."""
-    if any(not row.fit and not row.error for row in rows):
-        return "not done"
-    if any(row.error and not row.fit for row in rows):
-        return "failed"
-    return statistics.mean(row.fit["val"] for row in rows)
-
-
-def _table(points: list[Point]) -> list[tuple[str, ...]]:
-    val, test = (points[0].val_metric, points[0].test_metric) if points else ("val", "test")
-    head = ("tuning", "rank", "lr", val, test, "parameters", "kept for backward", "seconds")
-    return [head, *(point.cells() for point in points)]
-
-
-def _markdown(points: list[Point], command: str) -> Iterable[str]:
-    head, *body = _table(points)
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    for cells in body:
-        yield f"| {' | '.join(cells)} |"
-    said = f"{averaged(len(points[0].seeds))}. " if points else ""
-    yield f"\n{said}Rates are chosen by validation alone."
-    yield ""
-    for line in (command, *(each for point in points for each in point.tests)):
-        yield f"    {line}"
-
-
-def _report(rows: list[Row], command: str) -> Report:
-    errors = [(row.run.short_name, row.error) for row in rows if row.error]
-    undone = sum(not row.fit and not row.error for row in rows)
-    first = rows[0].run
-    return Report(first.recipe, command, first.budget, _points(rows), _sweeps(rows), errors, undone)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 import statistics
 from collections.abc import Collection, Iterable
@@ -17,9 +16,8 @@ from ...adapters.summary import text_table
 from ...report import Point, Report, Sweep, page
 from ...report.points import averaged
 from .choosing import Score, choose
+from .kept import FIT, TEST, folder_of, read
 from .plan import Cell, Run
-
-FIT, TEST = "fit.json", "test.json"
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,6 @@ class Row:
     test: dict[str, Any]
     error: str
     folder: Path
-
-
-def read(out: Path, run: Run, name: str) -> dict[str, Any]:
-    """A result file of a run; nothing if it is not there."""
-    path = out / "runs" / run.name / name
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def chosen_runs(cell: Cell, out: Path, failed: Collection[str]) -> list[Run]:
@@ -88,7 +80,7 @@ def rows(cells: Iterable[Cell], out: Path, failed: dict[str, str]) -> list[Row]:
                 read(out, run, FIT),
                 read(out, run, TEST) if run.name in chosen else {},
                 failed.get(run.name, ""),
-                out / "runs" / run.name,
+                folder_of(out, run),
             )
             for run in cell.all_runs
         ]
@@ -124,6 +116,13 @@ def told(rows: list[Row], out: Path) -> str:
     """The table, and where the page is."""
     head, *body = _table(_points(rows))
     return "\n".join([*text_table(head, body), "", f"report   {out / 'report.html'}"])
+
+
+def stopped(rows: list[Row], out: Path) -> str:
+    """How far a compare has come that was stopped, and where its page is."""
+    done = sum(bool(row.fit) for row in rows)
+    told = f"stopped  {done} of {len(rows)} runs done; the same command goes on"
+    return f"{told}\nreport   {out / 'report.html'}"
 
 
 def _metrics(rows: list[Row]) -> tuple[str, str]:

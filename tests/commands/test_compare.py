@@ -319,6 +319,24 @@ def test_a_signal_in_the_last_validation_ends_the_compare(play, tmp_path):
     assert "4 runs, 1 found done" in compare(tmp_path / "out", *LORA).out
 
 
+@pytest.fixture
+def passed_over():
+    """A handler of SIGTERM: without one, a signal that nobody minds would end the tests."""
+    handler = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, handler)
+    yield handler
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_outside_of_a_fit_ends_the_compare(play, tmp_path, monkeypatch, passed_over):
+    play(VAL, TEST)
+    monkeypatch.setattr(running, "_tested", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    told = compare(tmp_path / "out", *ONE_RATE)
+    assert told.code == 143
+    assert "\nstopped  2 of 2 runs done; the same command goes on\nreport   " in told.out
+    assert signal.getsignal(signal.SIGTERM) is passed_over
+
+
 def test_checkpoints_that_stay_cost_no_result(play, tmp_path, monkeypatch):
     play({0.001: 0.5}, {0.001: 0.5})
     seen = []

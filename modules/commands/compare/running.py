@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 
@@ -70,7 +73,7 @@ def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[
         results.write_tables(results.rows(cells, out, failed), out, command)
 
     try:
-        with progress() as shown:
+        with _stopping_in_order(), progress() as shown:
             tests = sum(len(next(iter(cell.runs.values()))) for cell in cells)
             bar = Bar(shown, len(runs) + tests, len(done), write)
             for run in _in_turn(cells):
@@ -104,6 +107,23 @@ def _report(
     return rows
 
 
+@contextmanager
+def _stopping_in_order() -> Iterator[None]:
+    """SIGTERM ends a compare as Ctrl-C does, also between fits: those have a guard of their own."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _in_turn(cells: list[Cell]) -> Iterator[Run]:
     """All runs, those of a seed together: what slows the machine for a while slows all methods."""
     by_rate = [runs for cell in cells for runs in cell.runs.values()]
@@ -113,14 +133,14 @@ def _in_turn(cells: list[Cell]) -> Iterator[Run]:
 def _fit(run: Run, out: Path, figures: dict[str, Any], show: Show) -> str:
     folder = folder_of(out, run)
     remove(folder)  # of a run that was killed, has failed, or is damaged
-    clock, metric, value, signal = Clock(show), figures["metric"], math.nan, 0
+    clock, metric, value, received = Clock(show), figures["metric"], math.nan, 0
     with suppress(FloatingPointError), _logged(folder):  # NonFinite: a result of this rate
         cli = train.run("fit", [*run.arguments, "--config", _place(folder)], [clock])
-        value, signal = _validated(cli, metric), _received(cli.trainer)
+        value, received = _validated(cli, metric), _received(cli.trainer)
     kept.write(out, run, FIT, {**figures, "val": value, "seconds": clock.seconds})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # which are for resuming
-    if signal:
-        raise Interrupted(128 + signal)
+    if received:
+        raise Interrupted(128 + received)
     return f"{metric} {value:.4f} after {clock.seconds:.0f} s"
 
 

@@ -22,8 +22,11 @@ from types import TracebackType
 _SPEAKERS = ("litflora", "lightning")
 _SPOKEN = (ValueError, OSError, ImportError, FloatingPointError)
 
-# A disk that is full or not the person's: no bug, whoever wrote to it.
-_DISK = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
+# A disk that is full, not the person's, or takes no such name: no bug, whoever wrote to it.
+_DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+    *(errno.EDQUOT, errno.EFBIG, errno.ENOSPC),
+)
 
 _CLASS = re.compile(
     r"Problem with given class_path '([^']+)'|expects a .*class_path='([^']+)'", re.S

@@ -12,18 +12,30 @@ import shutil
 import signal
 import subprocess
 from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from markup import Reader
-from safetensors.torch import load_file
-from shell import files_below, litflora
+from safetensors.torch import load_file, save_file
+from shell import files_below, litflora, make_base, make_photos, photo_args
 
-from litflora.adapters import FLoRA, LoRA
+from litflora.adapters import AdapterError, FLoRA, LoRA
 from litflora.callbacks import Interruption
 from litflora.commands import run_lock
-from litflora.commands.compare import axes, bar, data, equal, folder, plan, running, versions
+from litflora.commands.compare import (
+    axes,
+    bar,
+    data,
+    equal,
+    folder,
+    kept,
+    limits,
+    plan,
+    running,
+    versions,
+)
 from litflora.commands.compare.choosing import Score, choose
 from litflora.commands.compare.class_accuracy import ClassAccuracy
 
@@ -74,6 +86,7 @@ def test_there_is_a_row_for_each_run(done):
     assert parameters["tuning/probe"] < parameters["FLoRA"]
     assert int(rows[0]["saved_bytes"]) > int(rows[-1]["saved_bytes"]) > 0
     assert "3 runs, 0 found done" in told.out
+    assert told.out.startswith("data     20 train, 10 validate, 12 test\nwarning: only 10 validate")
     assert "FLoRA-r2-lr0.05-seed1: val/acc" in told.err
 
 
@@ -125,8 +138,8 @@ def test_a_finished_compare_runs_nothing(done, monkeypatch):
 class Played:
     """Stands for `train.run`: gives planted metrics by learning rate."""
 
-    def __init__(self, val, test, stop_at=None, fails=(), diverges=(), callbacks=()):
-        self.val, self.test, self.stop_at = val, test, stop_at
+    def __init__(self, val, test, stop_at=None, fails=(), diverges=(), callbacks=(), unreadable=0):
+        self.val, self.test, self.stop_at, self.unreadable = val, test, stop_at, unreadable
         self.fails, self.diverges, self.callbacks = fails, diverges, callbacks
         self.calls = []
 
@@ -139,12 +152,23 @@ class Played:
             raise RuntimeError(f"no good at {rate}")
         if rate in self.diverges:
             raise FloatingPointError("loss or gradients were not finite")
+        if command == "fit":
+            keep_adapter(Path(json.loads(args[-1])["trainer"]["default_root_dir"], "adapter"))
+        elif self.unreadable:
+            self.unreadable -= 1
+            raise AdapterError("checksums differ")
         planted = {"val/acc": self.val.get(rate), "test/acc": self.test.get(rate)}
         found = {name: value for name, value in planted.items() if value is not None}
         trainer = SimpleNamespace(
             callback_metrics=found, checkpoint_callbacks=[], callbacks=self.callbacks
         )
         return SimpleNamespace(model=SimpleNamespace(monitor="val/acc"), trainer=trainer)
+
+
+def keep_adapter(folder):
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.zeros(9)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
 @pytest.fixture
@@ -172,7 +196,9 @@ def test_the_rate_is_chosen_by_validation_and_no_other_is_tested(play, tmp_path)
 
 def test_a_compare_that_was_killed_goes_on_where_it_was(play, tmp_path):
     first = play(VAL, TEST, stop_at=3)
-    assert compare(tmp_path / "out", *LORA).code == 130
+    told = compare(tmp_path / "out", *LORA)
+    assert told.code == 130
+    assert "\nstopped  2 of 4 runs done; the same command goes on\nreport   " in told.out
     assert len(rows_of(tmp_path / "out")) == 4  # what is known so far is written
     second = play(VAL, TEST)
     told = compare(tmp_path / "out", *LORA)
@@ -222,13 +248,13 @@ def test_without_rates_each_tuning_has_its_own(play, tmp_path):
 def test_two_at_once_are_refused(play, tmp_path):
     play(VAL, TEST)
     with run_lock.released():
-        folder.take(tmp_path / "out")
+        folder.take(tmp_path / "out", "quickstart")
         with run_lock.released():  # that of a run within lets go of none but its own
             pass
         told = compare(tmp_path / "out", *LORA)
     assert told.code == 2
     assert "is being written by another compare" in told.err
-    folder.take(tmp_path / "out")  # which is free again
+    folder.take(tmp_path / "out", "quickstart")  # which is free again
 
 
 # What may go wrong in the middle -----------------------------------------------------------------
@@ -292,6 +318,24 @@ def test_a_signal_in_the_last_validation_ends_the_compare(play, tmp_path):
     assert "4 runs, 1 found done" in compare(tmp_path / "out", *LORA).out
 
 
+@pytest.fixture
+def passed_over():
+    """A handler of SIGTERM: without one, a signal that nobody minds would end the tests."""
+    handler = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, handler)
+    yield handler
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_outside_of_a_fit_ends_the_compare(play, tmp_path, monkeypatch, passed_over):
+    play(VAL, TEST)
+    monkeypatch.setattr(running, "_tested", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    told = compare(tmp_path / "out", *ONE_RATE)
+    assert told.code == 143
+    assert "\nstopped  2 of 2 runs done; the same command goes on\nreport   " in told.out
+    assert signal.getsignal(signal.SIGTERM) is passed_over
+
+
 def test_checkpoints_that_stay_cost_no_result(play, tmp_path, monkeypatch):
     play({0.001: 0.5}, {0.001: 0.5})
     seen = []
@@ -329,6 +373,61 @@ def test_models_are_let_go_of_before_the_first_run(play, tmp_path, monkeypatch):
     play({0.001: 0.5}, {0.001: 0.5})
     assert compare(tmp_path / "out", *ONE_RATE).code == 0
     assert [cell.made for cell in seen] == [None]
+
+
+# What is damaged or half done --------------------------------------------------------------------
+
+
+def test_what_is_damaged_is_made_again(play, tmp_path):
+    play(VAL, TEST)
+    assert compare(tmp_path / "out", *LORA).code == 0
+    low3, low4, high3, high4 = (
+        tmp_path / "out" / each["folder"] for each in rows_of(tmp_path / "out")
+    )
+    (low3 / "fit.json").write_bytes(b"\xff{")
+    shutil.rmtree(low4 / "adapter")
+    weights = high3 / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (high4 / "test.json").write_text("[1]")
+    again = play(VAL, TEST)
+    told = compare(tmp_path / "out", *LORA)
+    assert told.code == 0, told.err
+    assert "4 runs, 1 found done" in told.out
+    fits = [("fit", 0.001, 3), ("fit", 0.01, 3), ("fit", 0.001, 4)]
+    assert again.calls == [*fits, ("test", 0.01, 3), ("test", 0.01, 4)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"metric": "val/acc", "val": 0', "[]", "{}", "1", '{"metric": "val/acc"}', '{"test": 0.5}'],
+)
+def test_a_damaged_result_is_none(text, tmp_path):
+    run = plan.Run("LoRA", 8, 0.1, 3, "r", (), {})
+    kept.write(tmp_path, run, kept.TEST, {"metric": "test/acc", "test": math.nan})
+    assert kept.read(tmp_path, run, kept.TEST)["metric"] == "test/acc"
+    (kept.folder_of(tmp_path, run) / "test.json").write_text(text)
+    assert kept.read(tmp_path, run, kept.TEST) == {}
+
+
+def test_an_adapter_that_no_test_can_read_is_made_again(play, tmp_path):
+    played = play({0.001: 0.5}, {0.001: 0.5}, unreadable=1)
+    told = compare(tmp_path / "out", *ONE_RATE)
+    assert told.code == 0, told.err
+    seeds = [(command, seed) for command, _, seed in played.calls[2:]]
+    assert seeds == [("test", 3), ("fit", 3), ("test", 3), ("test", 4)]
+
+
+def test_what_a_killed_process_has_left_goes(play, tmp_path):
+    play({0.001: 0.5}, {0.001: 0.5})
+    assert compare(tmp_path / "out", *ONE_RATE).code == 0
+    run = tmp_path / "out" / rows_of(tmp_path / "out")[0]["folder"]
+    before = files_below(tmp_path)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / ".test.12-34.json").touch()
+    (tmp_path / "out" / ".report.12-34.html").touch()
+    assert compare(tmp_path / "out", *ONE_RATE).code == 0
+    assert files_below(tmp_path) == before
 
 
 # What the runs are told ---------------------------------------------------------------------------
@@ -406,6 +505,39 @@ def test_budgets_are_equal(other, message):
         equal.check({"a": budget(), "b": other})
 
 
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"limit_val_batches": 0.0}, "limit_val_batches is 0: no run would validate"),
+        ({"limit_test_batches": 0}, "no run would be tested; give more"),
+        ({"limit_train_batches": 0}, "no run would train"),
+        ({"max_epochs": 0}, "trainer.max_epochs is 0: no run would train"),
+        ({"max_steps": 0}, "trainer.max_steps is 0: no run would train"),
+        ({"fast_dev_run": 1}, "fast_dev_run leaves no adapter to test: leave it out;\n--trainer."),
+        ({"barebones": True}, "barebones leaves no adapter"),
+        ({"check_val_every_n_epoch": 4}, "is 4, and the last of 3 epochs would end without a val"),
+        ({"check_val_every_n_epoch": 2}, "is 2, and the last of 3 epochs"),
+        ({"check_val_every_n_epoch": 3, "max_steps": -1, "fast_dev_run": False}, ""),
+        ({"check_val_every_n_epoch": 4, "max_epochs": -1}, ""),
+    ],
+)
+def test_limits_that_doom_every_run(trainer, message):
+    if not message:
+        limits.check({"max_epochs": 3, **trainer})
+        return
+    with pytest.raises(ValueError, match=message):
+        limits.check({"max_epochs": 3, **trainer})
+
+
+def test_few_that_validate_are_told():
+    sizes = {"train": 2000, "val": 100, "test": 7}
+    unlimited = {"limit_train_batches": None, "limit_val_batches": 1.0}
+    assert data.told(sizes, unlimited) == "data     2,000 train, 100 validate, 7 test"
+    line = data.told({"val": 99}, {"limit_val_batches": 1})
+    assert line.startswith("data     99 validate (limit_val_batches 1)\nwarning: only 99 validate,")
+    assert data.told({}, {}) == ""  # data that do not say
+
+
 def test_what_runs_depend_on_names_them():
     found = versions.environment("cpu")
     assert found["libraries"]["torch"] == torch.__version__
@@ -423,7 +555,7 @@ def test_data_are_fetched_before_they_are_hashed(monkeypatch, tmp_path):
 def cells_with(overlay, tmp_path, tuning="Probe"):
     file = tmp_path / "overlay.yaml"
     file.write_text(json.dumps(overlay))
-    told = "--config", str(file)
+    told = (*map(str, OPTIONS), "--config", str(file))
     return plan.cells(axes.Axes("quickstart", (tuning,), (), {tuning: ()}, (0,), told), tmp_path)
 
 
@@ -436,7 +568,7 @@ def test_what_a_callback_reads_counts(tmp_path):
     names = []
     for number in range(2):
         (folder / f"{number}.jpg").touch()
-        (cell,) = cells_with({"trainer": {"callbacks+": [checkpoint]}}, tmp_path)
+        (cell,), _ = cells_with({"trainer": {"callbacks+": [checkpoint]}}, tmp_path)
         names.append(cell.all_runs[0].name)
     assert names[0] != names[1]
 
@@ -461,11 +593,11 @@ def test_class_names_are_written_in_utf_8(tmp_path, monkeypatch):
 def test_a_lock_is_never_on_a_file_that_was_replaced(tmp_path):
     left = tmp_path / ".compare.1-2.txt"  # of a process that was killed
     left.write_text("")
-    folder.check(tmp_path)
+    folder.check(tmp_path, "quickstart")
     (tmp_path / "compare.txt").write_text("")
     before = (tmp_path / "compare.txt").stat().st_ino
     with run_lock.released():
-        folder.take(tmp_path)
+        folder.take(tmp_path, "quickstart")
     assert (tmp_path / "compare.txt").stat().st_ino == before
     assert "litflora compare" in (tmp_path / "compare.txt").read_text()
 
@@ -549,7 +681,11 @@ def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
         (["--tunings", "tuning/none"], "no file or recipe called 'tuning/none'"),
         (["--tunings", "LoRA", "--ranks", "2.5"], "--ranks takes whole numbers of at least 1"),
         (["--tunings", "LoRA", "--ranks", "0"], "not '0'"),
-        (["--tunings", "LoRA", "--seeds", "a"], "--seeds takes whole numbers of at least 0"),
+        (["--tunings", "LoRA", "--seeds", "a"], "--seeds takes whole numbers from 0 to 42949"),
+        (["--tunings", "LoRA", "--seeds", str(2**32)], "not '4294967296'"),
+        (["--tunings", "LISA"], "there is no 'LISA'; did you mean 'tuning/lisa'?"),
+        (["--tunings", "tuning/lora", "--lrs", "LoRA=1e-3"], "did you mean 'tuning/lora=1e-3'?"),
+        (["--tunings", "LoRA", "--trainer.limit_val_batches", "0"], "no run would validate"),
         (["--tunings", "LoRA", "--lrs", "-1"], "--lrs"),
         (["--tunings", "LoRA", "--lrs", "fast"], "--lrs takes numbers above 0, or NAME=RATE"),
         (["--tunings", "LoRA", "--lrs", "Full=1"], "'Full' is none of the tunings LoRA"),
@@ -584,6 +720,44 @@ def test_a_folder_of_something_else_is_left_alone(play, tmp_path):
     assert told.code == 2
     assert "holds something else than a compare: give a free folder" in told.err
     assert files_below(tmp_path) == {"thesis.tex"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused(play, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        told = compare(out, "--tunings", "LoRA")
+        assert told.code == 2
+        assert told.err.startswith(f"error: --out {out}: {tmp_path / 'file'} is no folder that")
+    told = compare(tmp_path / ("x" * 300), "--tunings", "LoRA")
+    assert told.code == 2
+    assert told.err.startswith("error: cannot write or read, File name too long: ")
+
+
+def test_a_folder_has_one_recipe(play, tmp_path):
+    play({0.001: 0.5}, {0.001: 0.5})
+    out = tmp_path / "out"
+    assert compare(out, *ONE_RATE).code == 0
+    before = (out / "results.md").read_text()
+    told = litflora("compare", "classification/shapes", *ONE_RATE, "--out", out, *OPTIONS)
+    assert told.code == 2
+    assert told.err == f"error: {out} holds a compare of quickstart: give another --out\n"
+    assert (out / "results.md").read_text() == before
+    folder.check(out, "quickstart.yaml")
+    (out / "compare.txt").write_text("`litflora compare` writes here\n")  # as older ones say
+    folder.check(out, "classification/shapes")
+
+
+def test_a_folder_among_the_data_is_refused(play, tmp_path):
+    root = make_photos(tmp_path / "photos")
+    base = make_base(tmp_path / "base.safetensors")
+    before = files_below(tmp_path)
+    for out in (root / "train" / "out", root / "out"):
+        small = [*ONE_RATE, "--out", out, *photo_args(root, base)]
+        told = litflora("compare", "classification/image_folder_vit_tiny", *small)
+        assert told.code == 2
+        assert f"--out {out} is inside {root}, and would become a part of the data" in told.err
+    assert files_below(tmp_path) == before
+    data.check_apart(tmp_path / "photos-out", {"init_args": {"root": str(root)}})
 
 
 @pytest.mark.slow

@@ -34,11 +34,13 @@ def run(args: argparse.Namespace) -> None:
     chosen = axes.read(args)
 
     from .. import run_lock
-    from . import folder, plan, running
+    from . import data, folder, plan, running
 
-    folder.check(args.out)
-    cells = plan.cells(chosen, args.out)
+    folder.check(args.out, chosen.recipe)
+    cells, sizes = plan.cells(chosen, args.out)
     figures = running.prepare(cells, args.out)
     with run_lock.released():
-        folder.take(args.out)
+        folder.take(args.out, chosen.recipe)
+        if line := data.told(sizes, cells[0].all_runs[0].settings["trainer"]):
+            print(line)
         running.run_all(cells, args.out, axes.command(args), figures)

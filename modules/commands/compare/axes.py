@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 from .. import recipes
@@ -31,6 +31,7 @@ _OWN = {
     "--trainer.default_root_dir": "--out",
     "--trainer.devices": "no number of devices: a compare runs on one",
 }
+_MOST = 2**32 - 1  # the greatest seed that NumPy takes
 # What is nothing by itself, and the recipe that brings what it lacks.
 _LACKING = {"AdaLoRA": "tuning/adalora"}
 
@@ -71,7 +72,7 @@ def read(args: argparse.Namespace) -> Axes:
         tunings=tunings,
         ranks=_numbers("--ranks", args.ranks, _whole(1), "whole numbers of at least 1"),
         rates=_rates(args.lrs, tunings),
-        seeds=_numbers("--seeds", args.seeds, _whole(0), "whole numbers of at least 0"),
+        seeds=_numbers("--seeds", args.seeds, _whole(0, _MOST), f"whole numbers from 0 to {_MOST}"),
         options=tuple(args.overrides),
     )
 
@@ -105,13 +106,18 @@ def _tuning(name: str) -> str:
         )
     by_lower = {each.lower(): each for each in known()}
     if name not in by_lower.values():
-        near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
-        meant = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+        shipped = {PurePath(each).name: each for each in recipes.names() if "tuning/" in each}
+        meant = _meant(name.lower(), {**shipped, **by_lower})
         raise ValueError(
             f"--tunings: there is no {name!r}{meant}\nthere are {', '.join(by_lower.values())}, "
             "and recipes such as tuning/full"
         )
     return name
+
+
+def _meant(name: str, known: Mapping[str, str]) -> str:
+    near = get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""
 
 
 def _rates(words: Sequence[str], tunings: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
@@ -121,7 +127,9 @@ def _rates(words: Sequence[str], tunings: tuple[str, ...]) -> dict[str, tuple[fl
     for word in words:
         name, equals, rate = word.rpartition("=")
         if equals and name not in tunings:
-            raise ValueError(f"--lrs: {name!r} is none of the tunings {', '.join(tunings)}")
+            by_lower = {PurePath(each).stem.lower(): f"{each}={rate}" for each in tunings}
+            meant = _meant(PurePath(name).stem.lower(), by_lower)
+            raise ValueError(f"--lrs: {name!r} is none of the tunings {', '.join(tunings)}{meant}")
         (own.setdefault(name, []) if equals else common).append(rate)
     wanted = "numbers above 0, or NAME=RATE"
     return {name: _numbers("--lrs", own.get(name, common), _positive, wanted) for name in tunings}
@@ -139,9 +147,9 @@ def _numbers(
     return tuple(dict.fromkeys(found))
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     def read_one(word: str) -> int:
-        if int(word) < least:
+        if not least <= int(word) <= most:
             raise ValueError
         return int(word)
 

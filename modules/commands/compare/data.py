@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import versions
 
 if TYPE_CHECKING:
     from ..train import LitFloraCLI
 
+_DOES = {"train": "train", "val": "validate", "test": "test"}
+_FEW = 100  # of fewer, each moves a share by more than a point
 
-def check(made: LitFloraCLI, chooses: bool) -> None:
+
+def check_apart(out: Path, data: Mapping[str, Any]) -> None:
+    """Raises if the folder of a compare is inside one of the data, and would become a part of them.
+
+    Args:
+        out: The folder of the compare.
+        data: The settings of the data.
+    """
+    named = (name for name in versions.values(data) if isinstance(name, str))
+    for folder in filter(os.path.isdir, named):
+        if out.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"--out {out} is inside {folder}, and would become a part of the data there:\n"
+                "give a folder outside of it"
+            )
+
+
+def check(made: LitFloraCLI, chooses: bool) -> dict[str, int]:
     """Sets the data up as the runs will, so that a mistake shows before the first begins.
 
     Args:
         made: A model and its data.
         chooses: Whether a rate is to be chosen on the validation data.
+
+    Returns:
+        How many samples each split has, as far as the data say so.
 
     Raises:
         ValueError: If there are no test data, or the same ones choose.
@@ -33,4 +60,24 @@ def check(made: LitFloraCLI, chooses: bool) -> None:
             "the test split of these data is their validation split, and would choose the rates:\n"
             "give one rate for each tuning, or data with a test split"
         )
+    sizes = {name: len(samples) for name, samples in splits.items() if hasattr(samples, "__len__")}
     splits.clear()  # the runs set up their own
+    return sizes
+
+
+def told(sizes: Mapping[str, int], trainer: Mapping[str, Any]) -> str:
+    """How many samples train, validate and test; a second line says so if few validate.
+
+    Args:
+        sizes: How many samples each split has; nothing is told of others.
+        trainer: The settings of the trainer, which may limit them.
+    """
+    parts = []
+    for split, does in _DOES.items():
+        limit = trainer.get(f"limit_{split}_batches")
+        less = "" if str(limit) in ("None", "1.0") else f" (limit_{split}_batches {limit})"
+        parts += [f"{sizes[split]:,} {does}{less}"] if split in sizes else []
+    line = f"data     {', '.join(parts)}" if parts else ""
+    if sizes.get("val", _FEW) < _FEW:
+        line += f"\nwarning: only {sizes['val']} validate, and rates and methods are chosen by them"
+    return line

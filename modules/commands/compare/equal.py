@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _LIMITS = (
-    *("fast_dev_run", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"),
+    *("fast_dev_run", "barebones", "max_time"),
+    *("max_epochs", "min_epochs", "max_steps", "min_steps"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"),
     *("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"),
 )

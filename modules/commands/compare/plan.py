@@ -17,7 +17,7 @@ import yaml
 from ...adapters import summary
 from ...optim import default_rate, methods_of
 from .. import composed, recipes
-from . import data, equal, versions
+from . import data, equal, limits, versions
 from .axes import Axes
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def label(tuning: str, rank: int | None) -> str:
     return tuning if rank is None else f"{tuning} r={rank}"
 
 
-def cells(axes: Axes, out: Path) -> list[Cell]:
-    """The cells of a compare, tunings in the order that they were asked for.
+def cells(axes: Axes, out: Path) -> tuple[list[Cell], dict[str, int]]:
+    """The cells of a compare, tunings in the order that they were asked for, and its data's sizes.
 
     The data are fetched and set up here, for what they are decides the names of the runs.
 
@@ -163,14 +163,17 @@ def cells(axes: Axes, out: Path) -> list[Cell]:
         out: The folder of the compare, which is no part of the data.
 
     Raises:
-        ValueError: If the recipe lets a tuning have no effect, or lacks what is needed, or if the
-            budgets are not equal.
+        ValueError: If the recipe lets a tuning have no effect, or lacks what is needed, if the
+            budgets are not equal, or if no run could be chosen or tested.
     """
     drafts = [draft for tuning in axes.tunings for draft in _drafts(axes, tuning)]
     equal.check({label(each.tuning, each.rank): each.settings for each in drafts})
-    data.check(drafts[0].made, any(len(draft.rates) > 1 for draft in drafts))  # all have the same
+    first = drafts[0]  # all have the same data and limits
+    limits.check(first.settings["trainer"])
+    data.check_apart(out, first.settings["data"])
+    sizes = data.check(first.made, any(len(draft.rates) > 1 for draft in drafts))
     read = versions.Versions(out)
-    return [_cell(axes, draft, read) for draft in drafts]
+    return [_cell(axes, draft, read) for draft in drafts], sizes
 
 
 def _drafts(axes: Axes, tuning: str) -> Iterator[Draft]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from ...report.logged import FORGOTTEN, SOURCE, last
 from ...report.points import table_of
 from . import gathered
 from .choosing import Score, choose
+from .kept import FIT, TEST, folder_of, read
 from .plan import Cell, Run
-
-FIT, TEST = "fit.json", "test.json"
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,6 @@ class Row:
     def last(self, metric: str) -> float | None:
         """What the fit has logged last of a metric."""
         return last(self.folder, metric) if self.fit else None
-
-
-def read(out: Path, run: Run, name: str) -> dict[str, Any]:
-    """A result file of a run; nothing if it is not there."""
-    path = out / "runs" / run.name / name
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def chosen_runs(cell: Cell, out: Path, failed: Collection[str]) -> list[Run]:
@@ -91,7 +83,7 @@ def rows(cells: Iterable[Cell], out: Path, failed: dict[str, str]) -> list[Row]:
                 read(out, run, FIT),
                 read(out, run, TEST) if run.name in chosen else {},
                 failed.get(run.name, ""),
-                out / "runs" / run.name,
+                folder_of(out, run),
             )
             for run in cell.all_runs
         ]
@@ -127,6 +119,13 @@ def told(rows: list[Row], out: Path) -> str:
     head, body = table_of(gathered.points(rows))
     table = text_table(tuple(head), [tuple(cells) for cells in body])
     return "\n".join([*table, "", f"report   {out / 'report.html'}"])
+
+
+def stopped(rows: list[Row], out: Path) -> str:
+    """How far a compare has come that was stopped, and where its page is."""
+    done = sum(bool(row.fit) for row in rows)
+    told = f"stopped  {done} of {len(rows)} runs done; the same command goes on"
+    return f"{told}\nreport   {out / 'report.html'}"
 
 
 def _csv(rows: list[Row], out: Path) -> Iterable[tuple[Any, ...]]:

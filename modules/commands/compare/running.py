@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 
-from ...adapters.replacing import remove, replacing
+from ...adapters import AdapterError
+from ...adapters.replacing import remove
 from ...callbacks import Interruption
 from ...callbacks.adapter_folder import best_checkpoint
 from ...callbacks.interruption import Interrupted
 from .. import train
-from . import results
+from . import kept, results
 from .bar import Bar, Clock, Show, progress
 from .class_accuracy import ClassAccuracy
+from .kept import FIT, TEST, folder_of
 from .plan import Cell, Run
-from .results import FIT, TEST
 
 
 def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, Any]]:
@@ -37,7 +41,7 @@ def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, Any]]:
     """
     figures = {}
     for cell in cells:
-        if not all(results.read(out, run, FIT) for run in cell.all_runs):
+        if not all(kept.fitted(out, run) for run in cell.all_runs):
             figures[cell.all_runs[0].label] = cell.figures()
         cell.made = None
     return figures
@@ -46,8 +50,9 @@ def prepare(cells: list[Cell], out: Path) -> dict[str, dict[str, Any]]:
 def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[str, Any]]) -> None:
     """Fits all runs, chooses the rates, tests the chosen, and writes the results.
 
-    A run that fails is told and left out. What was done before is not done again. The tables are
-    written after each run, the page at the end, however that comes.
+    A run that fails is told and left out. What was done before is not done again, unless its result
+    or its adapter cannot be read. The tables are written after each run, the page at the end,
+    however that comes.
 
     Args:
         cells: The cells of the compare.
@@ -59,7 +64,8 @@ def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[
         ValueError: At the end, if runs have failed.
     """
     runs = [run for cell in cells for run in cell.all_runs]
-    done = [run for run in runs if results.read(out, run, FIT)]
+    kept.sweep(out, runs)
+    done = [run for run in runs if kept.read(out, run, FIT)]
     print(f"compare  {len(runs)} runs, {len(done)} found done in {out}", flush=True)
     failed: dict[str, str] = {}
 
@@ -67,22 +73,24 @@ def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[
         results.write_tables(results.rows(cells, out, failed), out, command)
 
     try:
-        with progress() as shown:
+        with _stopping_in_order(), progress() as shown:
             tests = sum(len(next(iter(cell.runs.values()))) for cell in cells)
             bar = Bar(shown, len(runs) + tests, len(done), write)
             for run in _in_turn(cells):
-                if not results.read(out, run, FIT):
+                if not kept.read(out, run, FIT):
                     bar.go("", run, failed, partial(_fit, run, out, figures[run.label], bar.show))
             chosen = [run for cell in cells for run in results.chosen_runs(cell, out, failed)]
             bar.expect(len(runs) + len(chosen))
             for run in chosen:
-                if results.read(out, run, TEST):
+                if kept.read(out, run, TEST):
                     bar.advance()
                 else:
-                    bar.go("test ", run, failed, partial(_test, run, out))
-    except BaseException:
+                    bar.go("test ", run, failed, partial(_test, run, out, bar.show))
+    except BaseException as error:
         with suppress(Exception):  # it would hide what has happened
-            _report(cells, out, command, failed)
+            rows = _report(cells, out, command, failed)
+            if not isinstance(error, Exception):  # Ctrl-C or a signal
+                print(results.stopped(rows, out), flush=True)
         raise
     print(results.told(_report(cells, out, command, failed), out), flush=True)
     if failed:
@@ -99,6 +107,23 @@ def _report(
     return rows
 
 
+@contextmanager
+def _stopping_in_order() -> Iterator[None]:
+    """SIGTERM ends a compare as Ctrl-C does, also between fits: those have a guard of their own."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _in_turn(cells: list[Cell]) -> Iterator[Run]:
     """All runs, those of a seed together: what slows the machine for a while slows all methods."""
     by_rate = [runs for cell in cells for runs in cell.runs.values()]
@@ -106,16 +131,16 @@ def _in_turn(cells: list[Cell]) -> Iterator[Run]:
 
 
 def _fit(run: Run, out: Path, figures: dict[str, Any], show: Show) -> str:
-    folder = out / "runs" / run.name
-    remove(folder)  # of a run that was killed, or has failed
-    clock, metric, value, signal = Clock(show), figures["metric"], math.nan, 0
+    folder = folder_of(out, run)
+    remove(folder)  # of a run that was killed, has failed, or is damaged
+    clock, metric, value, received = Clock(show), figures["metric"], math.nan, 0
     with suppress(FloatingPointError), _logged(folder):  # NonFinite: a result of this rate
         cli = train.run("fit", [*run.arguments, "--config", _place(folder)], [clock])
-        value, signal = _validated(cli, metric), _received(cli.trainer)
-    _write(folder / FIT, {**figures, "val": value, "seconds": clock.seconds})
+        value, received = _validated(cli, metric), _received(cli.trainer)
+    kept.write(out, run, FIT, {**figures, "val": value, "seconds": clock.seconds})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # which are for resuming
-    if signal:
-        raise Interrupted(128 + signal)
+    if received:
+        raise Interrupted(128 + received)
     return f"{metric} {value:.4f} after {clock.seconds:.0f} s"
 
 
@@ -137,8 +162,16 @@ def _validated(cli: train.LitFloraCLI, metric: str) -> float:
     return float(values[metric])
 
 
-def _test(run: Run, out: Path) -> str:
-    folder = out / "runs" / run.name
+def _test(run: Run, out: Path, show: Show) -> str:
+    try:
+        return _tested(run, out)
+    except AdapterError:  # files may be damaged in ways that show when all of them is read
+        _fit(run, out, kept.read(out, run, FIT), show)
+        return _tested(run, out)
+
+
+def _tested(run: Run, out: Path) -> str:
+    folder = folder_of(out, run)
     there = ("--model.adapter", str(folder / "adapter"), "--config", _place(folder / "test"))
     remove(folder / "test")
     with _logged(folder):
@@ -149,7 +182,7 @@ def _test(run: Run, out: Path) -> str:
             f"no {metric} was logged: a compare needs a test that logs what is chosen by"
         )
     value = float(cli.trainer.callback_metrics[metric])
-    _write(folder / TEST, {"metric": metric, "test": value})
+    kept.write(out, run, TEST, {"metric": metric, "test": value})
     return f"{metric} {value:.4f}"
 
 
@@ -172,8 +205,3 @@ def _logged(folder: Path) -> Iterator[None]:
         except Exception:
             traceback.print_exc()
             raise
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(found))

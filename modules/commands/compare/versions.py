@@ -46,7 +46,7 @@ class Versions:
 
     def of(self, config: Any) -> dict[str, str]:
         """By name, the version of what a config names and what is there."""
-        named = {value for value in _values(config) if isinstance(value, str)}
+        named = {value for value in values(config) if isinstance(value, str)}
         return {name: self._version(name) for name in sorted(named) if os.path.exists(name)}
 
     def _version(self, name: str) -> str:
@@ -84,9 +84,10 @@ def _file(path: Path) -> str:
         return "unreadable"
 
 
-def _values(config: Any) -> Iterator[Any]:
+def values(config: Any) -> Iterator[Any]:
+    """All values of a config, however deep."""
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
-            yield from _values(value)
+            yield from values(value)
     else:
         yield config

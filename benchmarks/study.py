@@ -6,7 +6,8 @@ DATA holds `CamVid/`, `cifar10/`, `PennFudanPed/` and `weights/`. Everything is 
 compare`, whose folders in --out keep what has run: an interrupted study goes on where it was.
 
 1. The head's learning rate is the one at which a frozen backbone validates best; all have it.
-2. With the first seed, each method's rate is chosen on the validation data.
+2. With the first seed, each method's rate is chosen on the validation data, among half decades:
+   rates are added until the best one has been tried with both of its neighbours.
 3. At that rate it runs with all seeds, and is tested.
 """
 
@@ -26,16 +27,17 @@ import yaml
 from quality import write
 
 HERE = Path(__file__).resolve().parent / "study"
-HEADS = (1e-3, 3e-3, 1e-2, 3e-2)
-# What is tried with the first seed; a name that is no class is a recipe, here or of litflora.
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HEADS = {"Probe": (3e-3, 1e-2)}
+# Where the search begins; a name that is no class is a recipe, here or of litflora.
 RATES: dict[str, tuple[float, ...]] = {
     "BitFit": (3e-3, 1e-2),
-    "Full": (1e-4, 3e-4, 1e-3),
-    "tuning/lisa": (1e-4, 3e-4, 1e-3),
-    "LoRA": (1e-3, 3e-3, 1e-2),
+    "Full": (1e-4, 3e-4),
+    "tuning/lisa": (3e-4, 1e-3),
+    "LoRA": (1e-3, 3e-3),
     "DoRA": (1e-3, 3e-3),
     "tuning/adalora": (3e-3, 1e-2),
-    "FLoRA": (1e-3, 3e-3, 1e-2),
+    "FLoRA": (3e-3, 1e-2),
     "flora_r2": (3e-3, 1e-2),
     "flora_quarter": (3e-3, 1e-2),
     "flora_times_4": (1e-3, 3e-3),
@@ -112,14 +114,15 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     options = common(target, args.data.resolve(), out)
     head = out / "head"
-    compare(target, {"Probe": HEADS}, args.seeds[:1], head, options)
-    options |= {"model.init_args.head_lr": chosen(head)["Probe"]}
+    options |= {
+        "model.init_args.head_lr": search(target, HEADS, args.seeds, head, options)["Probe"]
+    }
     overlays = ["trainer/spectra"]
     if target.source:
         overlays.append(str(forgetting(target.source, args.data.resolve(), out)))
     methods = out / "methods"
-    compare(target, {"Probe": (), **target.rates}, args.seeds[:1], methods, options, overlays)
-    rates = {name: (rate,) for name, rate in chosen(methods).items()}
+    best = search(target, target.rates, args.seeds, methods, options, overlays)
+    rates = {name: (rate,) for name, rate in best.items()}
     compare(target, {"Probe": (), **rates}, args.seeds, methods, options, overlays)
     show(methods, out)
 
@@ -171,6 +174,30 @@ def forgetting(source: tuple[int, str], data: Path, out: Path) -> Path:
     path = out / "forgetting.yaml"
     path.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
     return path
+
+
+def search(
+    target: Target,
+    rates: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    out: Path,
+    options: Mapping[str, object],
+    overlays: Sequence[str] = (),
+) -> dict[str, float]:
+    """The rate of each method that validates best with the first seed."""
+    while True:
+        compare(target, rates, seeds[:1], out, options, overlays)
+        best = chosen(out)
+        wider = {name: with_neighbours(tried, best[name]) for name, tried in rates.items()}
+        if wider == {name: tuple(tried) for name, tried in rates.items()}:
+            return best
+        rates = wider
+
+
+def with_neighbours(tried: Sequence[float], best: float) -> tuple[float, ...]:
+    """The rates that were tried, and those beside the best."""
+    at = LADDER.index(best)
+    return tuple(sorted({*tried, *LADDER[max(at - 1, 0) : at + 2]}))
 
 
 def compare(

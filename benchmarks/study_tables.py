@@ -29,7 +29,6 @@ class Result:
         ranks: Effective rank of dW along its outputs, median over the weights.
         norms: ||dW|| / ||W||, median over the weights.
         intruders: Intruder dimensions of all weights together.
-        seconds: Of the training and its validations.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Result:
     ranks: list[float]
     norms: list[float]
     intruders: list[float]
-    seconds: list[float]
 
 
 def results(out: Path) -> list[Result]:
@@ -55,7 +53,7 @@ def table(found: Sequence[Result]) -> str:
     """A row for each tuning; parameters without the head's, which the probe has alone."""
     head = min(result.parameters for result in found)
     titles = ("tuning", "lr", "parameters", "val", "test", "each seed", "forgotten")
-    titles += ("rank of dW", "norm of dW", "intruders", "seconds")
+    titles += ("rank of dW", "norm of dW", "intruders")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for result in found:
         cells = (
@@ -68,7 +66,6 @@ def table(found: Sequence[Result]) -> str:
             spread(result.forgotten),
             *(f"{statistics.mean(v):.3g}" if v else "" for v in (result.ranks, result.norms)),
             f"{statistics.mean(result.intruders):.0f}" if result.intruders else "",
-            f"{statistics.mean(result.seconds):.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -130,7 +127,6 @@ def _result(out: Path, rows: list[dict[str, str]]) -> Result:
         ranks=[_median(int(line["rank"].split("x")[0]) for line in of) for of in spectra if of],
         norms=[_median(float(line["relative_norm"]) for line in of) for of in spectra if of],
         intruders=[sum(int(line["intruders"]) for line in of) for of in spectra if of],
-        seconds=[float(row["seconds"]) for row in rows],
     )
 
 

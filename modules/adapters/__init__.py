@@ -12,8 +12,9 @@ from .calibration import Timing, calibrate
 from .delta import Delta, WeightInfo
 from .dora import DoRA, DoRADelta
 from .errors import AdapterError
-from .files import check_base, load, read_config, save
+from .files import check_base, load, save
 from .flora import FLoRA, FLoRADelta
+from .folder import read_config
 from .inject import (
     activate,
     adapter_names,

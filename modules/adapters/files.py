@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .delta import Delta, WeightInfo
 from .errors import AdapterError
 from .fingerprint import base_tensors, check, fingerprint, first_difference, running_buffers
+from .folder import CONFIG, FORMAT, WEIGHTS, check_together, read_config, read_tensors, write
 from .inject import adapter_names, attach, check_name
 from .layers import Origin, adapted_layers, origin_of
 from .planning import Planned, resolve_modules
-from .sharded import gathered, is_sharded, writes
+from .sharded import is_sharded
 from .smaller import without_zeros
 from .split import SplitDelta, part_info
 from .targets import candidates, refuse_lazy, refuse_unusable
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-FORMAT = 1
 
 
 @dataclass
@@ -93,7 +84,7 @@ def save(
         modules = {key.rpartition(".")[0] for key in trained}
         base = {k: t for k, t in base_tensors(model).items() if k.rpartition(".")[0] in modules}
         tensors, config = to_peft(model, deltas, base)
-        _write(folder, tensors, config, is_sharded(model))
+        write(folder, tensors, config, is_sharded(model))
         return folder
     tensors = {f"{_key(w)}.{p}": t for w, d in deltas.items() for p, t in d.state_dict().items()}
     base = {k: t for k, t in base_tensors(model).items() if k not in trained}
@@ -107,7 +98,7 @@ def save(
         "base": fingerprint(base),
         "metadata": metadata or {},
     }
-    _write(folder, {**tensors, **trained}, config, is_sharded(model))
+    write(folder, {**tensors, **trained}, config, is_sharded(model))
     return folder
 
 
@@ -157,7 +148,7 @@ def load(
     _refuse_overwriting(model, stored.trained)
     if "format" in stored.config:
         # Last, since the checks before it can name what differs.
-        _check_together(Path(folder), stored.config)
+        check_together(Path(folder), stored.config)
         if device is None or not any(p.is_meta for p in model.parameters()):
             check_base(model, stored.config)
     model.requires_grad_(False)
@@ -198,38 +189,6 @@ def _put(model: nn.Module, key: str, value: Tensor, device: torch.device | None)
         own.copy_(value)
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the configuration of an adapter folder.
-
-    Raises:
-        AdapterError: The folder or the file is missing or not what litflora or PEFT write.
-    """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        inside = Path(folder) / "adapter"
-        hint = f". Did you mean {inside}?" if (inside / CONFIG).is_file() else ""
-        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict) or ("format" not in config and "peft_type" not in config):
-        raise AdapterError(f"{path} is no adapter configuration of litflora or PEFT")
-    if "format" in config:
-        _check_format(path, config)
-    return config
-
-
-def _check_format(path: Path, config: dict[str, Any]) -> None:
-    if config["format"] != FORMAT:
-        raise AdapterError(
-            f"{path} has format {config['format']!r}, this litflora reads {FORMAT}: update litflora"
-        )
-    for key, kind in (("deltas", dict), ("trained", list), ("base", dict), ("metadata", dict)):
-        if not isinstance(config.get(key), kind):
-            raise AdapterError(f"{path} is damaged: it has no {key!r}")
-
-
 def _read(path: Path, model: nn.Module) -> Stored:
     if path.suffix == ".safetensors":
         from .lycoris_format import from_lycoris
@@ -242,28 +201,6 @@ def _read(path: Path, model: nn.Module) -> Stored:
 
         return from_peft(tensors, config, model)
     return _from_litflora(tensors, config)
-
-
-def _check_together(folder: Path, config: dict[str, Any]) -> None:
-    if config.get("checksum") != _checksum(folder / WEIGHTS, config):
-        raise AdapterError(
-            f"{folder} is damaged: its files are not those that were saved together (checksums "
-            "differ). Copy the folder again, or use an earlier one"
-        )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        AdapterError: It is missing or damaged.
-    """
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing: an adapter folder has {WEIGHTS} and {CONFIG}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged or cut short: {error}") from None
 
 
 def _from_litflora(tensors: dict[str, Tensor], config: dict[str, Any]) -> Stored:
@@ -419,43 +356,3 @@ def _version() -> str:
         return version("litflora")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _checksum(weights: Path, config: dict[str, Any]) -> str:
-    """Binds the two files together; metadata may be edited by hand."""
-    plain = {key: value for key, value in config.items() if key not in ("checksum", "metadata")}
-    content = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    with weights.open("rb") as file:
-        content.update(hashlib.file_digest(file, "sha256").digest())
-    return content.hexdigest()
-
-
-def _swap_in(folder: Path, files: tuple[Path, ...]) -> None:
-    """Renames files into ``folder``; a pair that is there is kept until the new one is whole."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".replaced-") as aside:
-        for file in files:
-            if (folder / file.name).exists():
-                os.replace(folder / file.name, Path(aside) / file.name)
-        for file in files:
-            os.replace(file, folder / file.name)
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], sharded: bool) -> None:
-    """Writes both files under temporary names, then renames them."""
-    whole = gathered(tensors)
-    if sharded and not writes():
-        return
-    plain = {key: tensor.contiguous().clone() for key, tensor in whole.items()}
-    try:
-        json.dumps(config)
-    except TypeError as error:
-        raise AdapterError(f"metadata must be plain values: {error}") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
-        weights, text = Path(scratch) / WEIGHTS, Path(scratch) / CONFIG
-        save_file(plain, weights, metadata={"format": "pt"})
-        if "peft_type" not in config:
-            config = {**config, "checksum": _checksum(weights, config)}
-        text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(text, weights)  # safetensors makes its file readable by the owner alone
-        _swap_in(folder, (weights, text))

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 
 from ..adapters import AdapterError, read_config
-from ..adapters.files import WEIGHTS, read_tensors
+from ..adapters.folder import WEIGHTS, read_tensors
 from ..adapters.replacing import leftovers, remove
 from . import run_lock
 from .metrics_file import go_on_with_metrics

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from litflora.adapters import AdapterError, LoRA, OLoRA, Parts, PiSSA, inject, load, save
-from litflora.adapters.files import WEIGHTS
+from litflora.adapters.folder import WEIGHTS
 from litflora.adapters.starts import PiSSADelta
 
 from .cases import BY_ID, METHODS, assert_close, deltas, gradients, randomize, relative_error

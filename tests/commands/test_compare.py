@@ -681,6 +681,7 @@ def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
         (["--tunings", "tuning/none"], "no file or recipe called 'tuning/none'"),
         (["--tunings", "LoRA", "--ranks", "2.5"], "--ranks takes whole numbers of at least 1"),
         (["--tunings", "LoRA", "--ranks", "0"], "not '0'"),
+        (["--tunings", "LoRA", "--ranks", "9999"], "LoRA r=9999: no weight has that rank"),
         (["--tunings", "LoRA", "--seeds", "a"], "--seeds takes whole numbers from 0 to 42949"),
         (["--tunings", "LoRA", "--seeds", str(2**32)], "not '4294967296'"),
         (["--tunings", "LISA"], "there is no 'LISA'; did you mean 'tuning/lisa'?"),

@@ -113,11 +113,14 @@ class Cell:
 
         Raises:
             AdapterError: If the tuning does not fit the model.
+            ValueError: If its rank is more than any weight has, and so another one in truth.
         """
         assert self.made is not None, "figures come before models are let go of"
         made = composed.ready(self.made)
         images = composed.blank(made.model, made.data)
         found = summary(made.model.net, made.model.example(images))
+        if self.rank is not None and found.rows and all(row.clamped for row in found.rows):
+            raise ValueError(f"{label(self.tuning, self.rank)}: no weight has that rank; lower it")
         costs = {"parameters": found.trainable, "saved_bytes": found.saved_bytes or 0}
         return {"metric": made.model.monitor, **costs}
 

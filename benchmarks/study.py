@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,7 @@ def main() -> None:
         overlays.append(str(forgetting(target.source, args.data.resolve(), out)))
     methods = out / "methods"
     best = search(target, target.rates, args.seeds, methods, options, overlays)
+    shutil.copyfile(methods / "results.csv", out / "rates.csv")  # the seeds' replaces it
     rates = {name: (rate,) for name, rate in best.items()}
     compare(target, {"Probe": (), **rates}, args.seeds, methods, options, overlays)
     show(methods, out)
@@ -234,10 +236,11 @@ def chosen(out: Path) -> dict[str, float]:
 
 
 def show(methods: Path, out: Path) -> None:
-    """Prints and writes the table, and draws the picture."""
+    """Prints and writes the tables, and draws the picture."""
     found = study_tables.results(methods)
-    print(study_tables.table(found))
-    write(out / "table.md", study_tables.table(found))
+    text = f"{study_tables.table(found)}\n\n{study_tables.tried(out / 'rates.csv')}"
+    print(text)
+    write(out / "table.md", text)
     study_tables.draw(found).savefig(out / "study.png")
 
 

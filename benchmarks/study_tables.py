@@ -71,6 +71,23 @@ def table(found: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def tried(path: Path) -> str:
+    """The validation metric of the first seed at each rate, in percent; the chosen one is bold."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["lr"]]
+    rates = sorted({float(row["lr"]) for row in rows})
+    val = next(key for key in rows[0] if key.startswith("val/"))
+    lines = [f"| tuning | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    lines.append("|---" * (len(rates) + 1) + "|")
+    for name, group in groupby(rows, lambda row: row["tuning"]):
+        cells = dict.fromkeys(rates, "")
+        for row in group:
+            mark = "**" if row["chosen"] == "1" else ""
+            cells[float(row["lr"])] = f"{mark}{100 * float(row[val] or 'nan'):.1f}{mark}"
+        lines.append(f"| {_name(name)} | {' | '.join(cells.values())} |")
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
     if not values:
@@ -118,7 +135,7 @@ def _result(out: Path, rows: list[dict[str, str]]) -> Result:
     folders = [out / row["folder"] for row in rows]
     spectra = [list(_lines(folder / "spectra.csv")) for folder in folders]
     return Result(
-        name=first["tuning"].removesuffix(".yaml").removeprefix("tuning/"),
+        name=_name(first["tuning"]),
         rate=first["lr"],
         parameters=int(first["parameters"]),
         val=[100 * float(row[val]) for row in rows],
@@ -128,6 +145,10 @@ def _result(out: Path, rows: list[dict[str, str]]) -> Result:
         norms=[_median(float(line["relative_norm"]) for line in of) for of in spectra if of],
         intruders=[sum(int(line["intruders"]) for line in of) for of in spectra if of],
     )
+
+
+def _name(tuning: str) -> str:
+    return tuning.removesuffix(".yaml").removeprefix("tuning/")
 
 
 def _forgotten(folder: Path) -> list[float]:

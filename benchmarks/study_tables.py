@@ -104,7 +104,7 @@ def draw(found: Sequence[Result]) -> Figure:
     axes = figure.subplots(1, 2 if forgets else 1, squeeze=False, sharey=True)[0]
     for result in found:
         _point(axes[0], result, [float(result.parameters - head) or 1e3])
-        if forgets:
+        if result.forgotten:
             _point(axes[1], result, result.forgotten)
     axes[0].set(xscale="log", xlabel="parameters that train, without the head (probe: none)")
     axes[0].set_ylabel("test metric, %")

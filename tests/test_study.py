@@ -1,0 +1,74 @@
+"""The study: rates are added until the best has both neighbours; its tables say what runs left."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import study
+import study_tables
+
+
+@pytest.mark.parametrize(
+    ("tried", "best", "then"),
+    [
+        ((3e-3, 1e-2), 1e-2, (3e-3, 1e-2, 3e-2)),
+        ((3e-3, 1e-2, 3e-2), 1e-2, (3e-3, 1e-2, 3e-2)),
+        ((1e-5, 3e-5), 1e-5, (1e-5, 3e-5)),
+    ],
+)
+def test_a_rate_gets_neighbours(tried: tuple, best: float, then: tuple) -> None:
+    assert study.with_neighbours(tried, best) == then
+
+
+def test_the_search_ends_where_both_neighbours_are_worse(monkeypatch) -> None:
+    values = {1e-4: 0.1, 3e-4: 0.2, 1e-3: 0.4, 3e-3: 0.5, 1e-2: 0.3}
+    asked = []
+    monkeypatch.setattr(study, "compare", lambda target, rates, *_: asked.append(rates["LoRA"]))
+    monkeypatch.setattr(study, "chosen", lambda _: {"LoRA": max(asked[-1], key=values.get)})
+    assert study.search(None, {"LoRA": (1e-4, 3e-4)}, [0], Path(), {}) == {"LoRA": 3e-3}
+    assert [rates[-1] for rates in asked] == [3e-4, 1e-3, 3e-3, 1e-2]
+
+
+def test_every_recipe_of_the_study_is_there() -> None:
+    for target in study.TARGETS.values():
+        for name in target.rates:
+            named = study.tuning(name)
+            assert (study.HERE / named).is_file() or name[0].isupper() or name.startswith("tuning/")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A compare of a probe and of LoRA with two seeds."""
+    keys = ("tuning", "rank", "lr", "seed", "chosen", "val/acc", "test/acc", "parameters", "folder")
+    rows = [
+        ("Probe", "", "", 0, 1, 0.5, 0.4, 100, "a"),
+        ("Probe", "", "", 1, 1, 0.6, 0.5, 100, "b"),
+    ]
+    rows += [("LoRA", 8, "0.001", seed, 1, 0.7, 0.6, 350, f"c{seed}") for seed in (0, 1)]
+    rows += [("LoRA", 8, "0.01", 0, 0, 0.65, "", 350, "d")]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([keys, *rows])
+    for seed, lost in enumerate((0.02, 0.04)):
+        (folder := tmp_path / f"c{seed}").mkdir()
+        (folder / "metrics.csv").write_text(f"step,source/forgotten\n0,0.0\n9,{lost}\n9,\n")
+        table = "weight,rank,relative_norm,intruders\na,4x3,0.5,1\nb,2x9,0.7,2\n"
+        (folder / "spectra.csv").write_text(table)
+    return tmp_path
+
+
+def test_a_row_has_means_over_seeds(out: Path) -> None:
+    found = study_tables.results(out)
+    *_, probe, lora = study_tables.table(found).splitlines()
+    assert probe.split(" | ")[1:4] == ["", "0", "55.00 ± 7.07"]
+    cells = lora.strip("| ").split(" | ")
+    assert cells[:3] == ["LoRA", "0.001", "250"]
+    assert cells[4:] == ["60.00 ± 0.00", "60.0, 60.0", "3.00 ± 1.41", "3", "0.6", "3"]
+    assert len(study_tables.draw(found).axes) == 2
+
+
+def test_the_rates_that_were_tried(out: Path) -> None:
+    assert study_tables.tried(out / "results.csv").splitlines() == [
+        "| tuning | 0.001 | 0.01 |",
+        "|---|---|---|",
+        "| LoRA | **70.0** | 65.0 |",
+    ]

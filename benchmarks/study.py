@@ -1,4 +1,4 @@
-"""All methods on one target, each at its own learning rate: the tables of docs/study.md.
+"""All methods on one target, each at its own learning rate, as tables and a picture.
 
     python benchmarks/study.py camvid_convnext_atto --data DATA
 
@@ -19,8 +19,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import study_tables
@@ -71,7 +72,7 @@ class Target:
     source: tuple[int, str] | None = None
 
 
-CAMVID = {
+SHORT = {
     "data.init_args.val_fraction": 0.2,
     "trainer.max_epochs": 12,
     "trainer.check_val_every_n_epoch": 4,
@@ -82,13 +83,13 @@ TARGETS = {
         "classification/cifar10_vit_tiny", "cifar10", VIT, {"data.init_args.val_fraction": 0.2}
     ),
     "camvid_vit_tiny": Target(
-        "segmentation/camvid_vit_tiny", "CamVid", VIT, CAMVID, source=(96, "probe")
+        "segmentation/camvid_vit_tiny", "CamVid", VIT, SHORT, source=(96, "probe")
     ),
     "camvid_convnext_atto": Target(
         "segmentation/camvid_convnext_atto",
         "CamVid",
         ATTO,
-        CAMVID,
+        SHORT,
         rates={**RATES, **KERNELS},
         source=(64, "original"),
     ),
@@ -96,12 +97,7 @@ TARGETS = {
         "detection/pennfudan_convnext_atto",
         "PennFudanPed",
         ATTO,
-        {
-            "data.init_args.val_fraction": 0.2,
-            "data.init_args.test_fraction": 0.3,
-            "trainer.max_epochs": 12,
-            "trainer.check_val_every_n_epoch": 4,
-        },
+        {**SHORT, "data.init_args.test_fraction": 0.3},
         rates={name: RATES[name] for name in ("BitFit", "Full", "tuning/lisa", "LoRA", "FLoRA")}
         | KERNELS,
         source=(64, "original"),
@@ -114,18 +110,18 @@ def main() -> None:
     target, out = TARGETS[args.target], args.out.resolve() / args.target
     out.mkdir(parents=True, exist_ok=True)
     options = common(target, args.data.resolve(), out)
-    head = out / "head"
-    options |= {
-        "model.init_args.head_lr": search(target, HEADS, args.seeds, head, options)["Probe"]
-    }
+    probe = partial(compare, target, out=out / "head", options=options)
+    head_lr = search(HEADS, args.seeds, out / "head", probe)["Probe"]
+    options = {**options, "model.init_args.head_lr": head_lr}
     overlays = ["trainer/spectra"]
     if target.source:
         overlays.append(str(forgetting(target.source, args.data.resolve(), out)))
     methods = out / "methods"
-    best = search(target, target.rates, args.seeds, methods, options, overlays)
+    run = partial(compare, target, out=methods, options=options, overlays=overlays)
+    best = search(target.rates, args.seeds, methods, run)
     shutil.copyfile(methods / "results.csv", out / "rates.csv")  # the seeds' replaces it
     rates = {name: (rate,) for name, rate in best.items()}
-    compare(target, {"Probe": (), **rates}, args.seeds, methods, options, overlays)
+    run({"Probe": (), **rates}, args.seeds)
     show(methods, out)
 
 
@@ -179,16 +175,11 @@ def forgetting(source: tuple[int, str], data: Path, out: Path) -> Path:
 
 
 def search(
-    target: Target,
-    rates: Mapping[str, Sequence[float]],
-    seeds: Sequence[int],
-    out: Path,
-    options: Mapping[str, object],
-    overlays: Sequence[str] = (),
+    rates: Mapping[str, Sequence[float]], seeds: Sequence[int], out: Path, run: Callable[..., None]
 ) -> dict[str, float]:
-    """The rate of each method that validates best with the first seed."""
+    """The rate of each method that validates best with the first seed; `run` writes to `out`."""
     while True:
-        compare(target, rates, seeds[:1], out, options, overlays)
+        run(rates, seeds[:1])
         best = chosen(out)
         wider = {name: with_neighbours(tried, best[name]) for name, tried in rates.items()}
         if wider == {name: tuple(tried) for name, tried in rates.items()}:

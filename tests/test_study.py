@@ -23,9 +23,13 @@ def test_a_rate_gets_neighbours(tried: tuple, best: float, then: tuple) -> None:
 def test_the_search_ends_where_both_neighbours_are_worse(monkeypatch) -> None:
     values = {1e-4: 0.1, 3e-4: 0.2, 1e-3: 0.4, 3e-3: 0.5, 1e-2: 0.3}
     asked = []
-    monkeypatch.setattr(study, "compare", lambda target, rates, *_: asked.append(rates["LoRA"]))
     monkeypatch.setattr(study, "chosen", lambda _: {"LoRA": max(asked[-1], key=values.get)})
-    assert study.search(None, {"LoRA": (1e-4, 3e-4)}, [0], Path(), {}) == {"LoRA": 3e-3}
+
+    def run(rates: dict, seeds: list) -> None:
+        assert seeds == [0]
+        asked.append(rates["LoRA"])
+
+    assert study.search({"LoRA": (1e-4, 3e-4)}, [0, 1], Path(), run) == {"LoRA": 3e-3}
     assert [rates[-1] for rates in asked] == [3e-4, 1e-3, 3e-3, 1e-2]
 
 

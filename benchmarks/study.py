@@ -44,6 +44,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "flora_quarter": (3e-3, 1e-2),
     "flora_times_4": (1e-3, 3e-3),
 }
+SCALES = "flora_quarter", "flora_times_4"
 KERNELS: dict[str, tuple[float, ...]] = {
     "lora_conv": (1e-3, 3e-3),
     "flora_pointwise": (3e-3, 1e-2),
@@ -80,7 +81,11 @@ SHORT = {
 VIT, ATTO = "vit_tiny_patch16_224.safetensors", "convnext_atto_cifar10.safetensors"
 TARGETS = {
     "cifar10_vit_tiny": Target(
-        "classification/cifar10_vit_tiny", "cifar10", VIT, {"data.init_args.val_fraction": 0.2}
+        "classification/cifar10_vit_tiny",
+        "cifar10",
+        VIT,
+        {"data.init_args.val_fraction": 0.2, "trainer.check_val_every_n_epoch": 3},
+        rates={name: rates for name, rates in RATES.items() if name not in SCALES},
     ),
     "camvid_vit_tiny": Target(
         "segmentation/camvid_vit_tiny", "CamVid", VIT, SHORT, source=(96, "probe")
@@ -229,10 +234,11 @@ def chosen(out: Path) -> dict[str, float]:
 def show(methods: Path, out: Path) -> None:
     """Prints and writes the tables, and draws the picture."""
     found = study_tables.results(methods)
-    text = f"{study_tables.table(found)}\n\n{study_tables.tried(out / 'rates.csv')}"
+    rates = study_tables.tries(out / "rates.csv", methods)
+    text = f"{study_tables.table(found)}\n\n{study_tables.tried(rates)}"
     print(text)
     write(out / "table.md", text)
-    study_tables.draw(found).savefig(out / "study.png")
+    study_tables.draw(found, rates).savefig(out / "study.png")
 
 
 if __name__ == "__main__":

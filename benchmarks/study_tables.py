@@ -1,10 +1,10 @@
-"""What a compare of the study has come to, as a table and a picture."""
+"""What a compare of the study has come to, as tables and a picture."""
 
 from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -42,6 +42,25 @@ class Result:
     intruders: list[float]
 
 
+@dataclass(frozen=True)
+class Try:
+    """One rate of a tuning, with the first seed; in percent and in points.
+
+    Attributes:
+        name: Of the tuning.
+        rate: Learning rate.
+        val: Validation metric.
+        forgotten: Of the source accuracy; None if it was not asked for.
+        chosen: Whether it validates best.
+    """
+
+    name: str
+    rate: float
+    val: float
+    forgotten: float | None
+    chosen: bool
+
+
 def results(out: Path) -> list[Result]:
     """The chosen tunings of a compare, in its order."""
     with (out / "results.csv").open(newline="") as file:
@@ -71,21 +90,38 @@ def table(found: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def tried(path: Path) -> str:
-    """The validation metric of the first seed at each rate, in percent; the chosen one is bold."""
+def tries(path: Path, out: Path) -> list[Try]:
+    """The rates in a table of a compare whose folder is, or was, ``out``."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["lr"]]
-    rates = sorted({float(row["lr"]) for row in rows})
     val = next(key for key in rows[0] if key.startswith("val/"))
+    return [
+        Try(
+            name=_name(row["tuning"]),
+            rate=float(row["lr"]),
+            val=100 * float(row[val] or "nan"),
+            forgotten=next((100 * lost for lost in _forgotten(out / row["folder"])), None),
+            chosen=row["chosen"] == "1",
+        )
+        for row in rows
+    ]
+
+
+def tried(found: Sequence[Try]) -> str:
+    """The validation metric at each rate, and what was forgotten; the chosen one is bold."""
+    rates = sorted({each.rate for each in found})
     lines = [f"| tuning | {' | '.join(f'{rate:g}' for rate in rates)} |"]
     lines.append("|---" * (len(rates) + 1) + "|")
-    for name, group in groupby(rows, lambda row: row["tuning"]):
-        cells = dict.fromkeys(rates, "")
-        for row in group:
-            mark = "**" if row["chosen"] == "1" else ""
-            cells[float(row["lr"])] = f"{mark}{100 * float(row[val] or 'nan'):.1f}{mark}"
-        lines.append(f"| {_name(name)} | {' | '.join(cells.values())} |")
+    for name, group in groupby(found, lambda each: each.name):
+        cells = {each.rate: _cell(each) for each in group}
+        lines.append(f"| {name} | {' | '.join(cells.get(rate, '') for rate in rates)} |")
     return "\n".join(lines)
+
+
+def _cell(one: Try) -> str:
+    mark = "**" if one.chosen else ""
+    lost = "" if one.forgotten is None else f" ({one.forgotten:.1f})"
+    return f"{mark}{one.val:.1f}{mark}{lost}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -96,37 +132,47 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
 
-def draw(found: Sequence[Result]) -> Figure:
-    """The test metric against parameters, and against what was forgotten if that was asked for."""
+def draw(found: Sequence[Result], rates: Sequence[Try]) -> Figure:
+    """The test metric against parameters, and learning against forgetting at every rate."""
     head = min(result.parameters for result in found)
-    forgets = any(result.forgotten for result in found)
-    figure = Figure(figsize=(12 if forgets else 6.5, 4.8), dpi=100, layout="constrained")
-    axes = figure.subplots(1, 2 if forgets else 1, squeeze=False, sharey=True)[0]
+    forgets = [each for each in rates if each.forgotten is not None]
+    figure = Figure(figsize=(13 if forgets else 8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2 if forgets else 1, squeeze=False)[0]
+    looks = {result.name: _look(number) for number, result in enumerate(found)}
     for result in found:
-        _point(axes[0], result, [float(result.parameters - head) or 1e3])
-        if result.forgotten:
-            _point(axes[1], result, result.forgotten)
-    axes[0].set(xscale="log", xlabel="parameters that train, without the head (probe: none)")
-    axes[0].set_ylabel("test metric, %")
+        _point(axes[0], result, float(result.parameters - head) or 1e3, looks[result.name])
+    axes[0].set(xscale="log", xlabel="parameters that train, without the head (Probe: none)")
+    axes[0].set_ylabel("test metric, %: mean and deviation over the seeds")
     if forgets:
-        axes[1].set(xscale="symlog", xlabel="points of source accuracy forgotten")
-        axes[1].axvline(0, color="grey", lw=0.8)
+        _tradeoffs(axes[1], forgets, looks)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
-def _point(axis: Axes, result: Result, x: Sequence[float]) -> None:
-    at, up = statistics.mean(x), statistics.mean(result.test)
-    several = len(result.test) > 1
-    axis.errorbar(
-        at,
-        up,
-        yerr=statistics.stdev(result.test) if several else None,
-        xerr=statistics.stdev(x) if len(x) > 1 else None,
-        fmt="o",
-        ms=4,
-        lw=0.8,
-    )
-    axis.annotate(result.name, (at, up), xytext=(4, 4), textcoords="offset points", fontsize=8)
+def _look(number: int) -> dict[str, str]:
+    """A colour and a marker that no other of the first thirty has together."""
+    return {"color": f"C{number % 10}", "marker": "osv"[number // 10]}
+
+
+def _point(axis: Axes, result: Result, at: float, look: Mapping[str, str]) -> None:
+    up = statistics.mean(result.test)
+    error = statistics.stdev(result.test) if len(result.test) > 1 else None
+    axis.errorbar(at, up, yerr=error, ls="", ms=6, lw=0.8, label=result.name, **look)
+
+
+def _tradeoffs(axis: Axes, rates: Sequence[Try], looks: Mapping[str, Mapping[str, str]]) -> None:
+    """A line for each tuning from its lowest rate to its highest; the chosen one is larger."""
+    for name, group in groupby(rates, lambda each: each.name):
+        line = sorted(group, key=lambda each: each.rate)
+        lost, val = [each.forgotten for each in line], [each.val for each in line]
+        sizes = [80 if each.chosen else 20 for each in line]
+        axis.plot(lost, val, lw=0.7, color=looks[name]["color"])
+        axis.scatter(lost, val, s=sizes, **looks[name])
+    axis.axvline(0, color="grey", lw=0.8)
+    axis.set(xscale="symlog", xlabel="points of source accuracy forgotten, at each rate")
+    best = max(each.val for each in rates)
+    axis.set_ylim(best - 5, best + 0.5)  # rates that ruin a tuning are in the table
+    axis.set_ylabel("validation metric, %, first seed; chosen rates are large")
 
 
 def _result(out: Path, rows: list[dict[str, str]]) -> Result:

@@ -234,7 +234,8 @@ def chosen(out: Path) -> dict[str, float]:
 def show(methods: Path, out: Path) -> None:
     """Prints and writes the tables, and draws the picture."""
     found = study_tables.results(methods)
-    rates = study_tables.tries(out / "rates.csv", methods)
+    heads = study_tables.tries(out / "head" / "results.csv", out / "head")
+    rates = heads + study_tables.tries(out / "rates.csv", methods)
     text = f"{study_tables.table(found)}\n\n{study_tables.tried(rates)}"
     print(text)
     write(out / "table.md", text)

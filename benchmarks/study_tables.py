@@ -21,7 +21,7 @@ class Result:
 
     Attributes:
         name: Of the tuning.
-        rate: Learning rate.
+        rate: Learning rate, of which the head has its own.
         parameters: That train, the head with them.
         val: Validation metric.
         test: Test metric.
@@ -77,7 +77,7 @@ def table(found: Sequence[Result]) -> str:
     for result in found:
         cells = (
             result.name,
-            f"{float(result.rate):g}" if result.rate else "",
+            f"{float(result.rate):g}" if result.parameters > head else "",
             f"{result.parameters - head:,}",
             spread(result.val),
             spread(result.test),

@@ -45,8 +45,8 @@ def out(tmp_path: Path) -> Path:
     """A compare of a probe and of LoRA with two seeds."""
     keys = ("tuning", "rank", "lr", "seed", "chosen", "val/acc", "test/acc", "parameters", "folder")
     rows = [
-        ("Probe", "", "", 0, 1, 0.5, 0.4, 100, "a"),
-        ("Probe", "", "", 1, 1, 0.6, 0.5, 100, "b"),
+        ("Probe", "", "0.002", 0, 1, 0.5, 0.4, 100, "a"),
+        ("Probe", "", "0.002", 1, 1, 0.6, 0.5, 100, "b"),
     ]
     rows += [("LoRA", 8, "0.001", seed, 1, 0.7, 0.6, 350, f"c{seed}") for seed in (0, 1)]
     rows += [("LoRA", 8, "0.01", 0, 0, 0.65, "", 350, "d")]
@@ -70,7 +70,7 @@ def test_a_row_has_means_over_seeds(out: Path) -> None:
 
 
 def test_the_rates_that_were_tried(out: Path) -> None:
-    found = study_tables.tries(out / "results.csv", out)
+    found = [each for each in study_tables.tries(out / "results.csv", out) if each.name == "LoRA"]
     assert study_tables.tried(found[:1] + found[2:]).splitlines() == [
         "| tuning | 0.001 | 0.01 |",
         "|---|---|---|",
@@ -80,4 +80,4 @@ def test_the_rates_that_were_tried(out: Path) -> None:
 
 def test_the_picture_has_forgetting_where_it_was_asked_for(out: Path) -> None:
     found, rates = study_tables.results(out), study_tables.tries(out / "results.csv", out)
-    assert [len(study_tables.draw(found, of).axes) for of in (rates, rates[2:])] == [2, 1]
+    assert [len(study_tables.draw(found, of).axes) for of in (rates, rates[:2])] == [2, 1]

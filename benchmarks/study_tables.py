@@ -133,18 +133,22 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(found: Sequence[Result], rates: Sequence[Try]) -> Figure:
-    """The test metric against parameters, and learning against forgetting at every rate."""
+    """The test metric against parameters and forgetting; learning and forgetting at every rate."""
     head = min(result.parameters for result in found)
     forgets = [each for each in rates if each.forgotten is not None]
-    figure = Figure(figsize=(13 if forgets else 8, 5), dpi=100, layout="constrained")
-    axes = figure.subplots(1, 2 if forgets else 1, squeeze=False)[0]
+    figure = Figure(figsize=(15 if forgets else 8, 4.8), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 3 if forgets else 1, squeeze=False)[0]
     looks = {result.name: _look(number) for number, result in enumerate(found)}
     for result in found:
-        _point(axes[0], result, float(result.parameters - head) or 1e3, looks[result.name])
+        _point(axes[0], result, [float(result.parameters - head) or 1e3], looks[result.name])
+        if forgets and result.forgotten:
+            _point(axes[1], result, result.forgotten, looks[result.name])
     axes[0].set(xscale="log", xlabel="parameters that train, without the head (Probe: none)")
     axes[0].set_ylabel("test metric, %: mean and deviation over the seeds")
     if forgets:
-        _tradeoffs(axes[1], forgets, looks)
+        axes[1].sharey(axes[0])
+        axes[1].set(xscale="symlog", xlabel="points of source accuracy forgotten")
+        _tradeoffs(axes[2], forgets, looks)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
@@ -154,10 +158,10 @@ def _look(number: int) -> dict[str, str]:
     return {"color": f"C{number % 10}", "marker": "osv"[number // 10]}
 
 
-def _point(axis: Axes, result: Result, at: float, look: Mapping[str, str]) -> None:
-    up = statistics.mean(result.test)
-    error = statistics.stdev(result.test) if len(result.test) > 1 else None
-    axis.errorbar(at, up, yerr=error, ls="", ms=6, lw=0.8, label=result.name, **look)
+def _point(axis: Axes, result: Result, x: Sequence[float], look: Mapping[str, str]) -> None:
+    at, up = statistics.mean(x), statistics.mean(result.test)
+    errors = [statistics.stdev(of) if len(of) > 1 else None for of in (result.test, x)]
+    axis.errorbar(at, up, *errors, ls="", ms=6, lw=0.8, label=result.name, **look)
 
 
 def _tradeoffs(axis: Axes, rates: Sequence[Try], looks: Mapping[str, Mapping[str, str]]) -> None:
@@ -168,7 +172,6 @@ def _tradeoffs(axis: Axes, rates: Sequence[Try], looks: Mapping[str, Mapping[str
         sizes = [80 if each.chosen else 20 for each in line]
         axis.plot(lost, val, lw=0.7, color=looks[name]["color"])
         axis.scatter(lost, val, s=sizes, **looks[name])
-    axis.axvline(0, color="grey", lw=0.8)
     axis.set(xscale="symlog", xlabel="points of source accuracy forgotten, at each rate")
     best = max(each.val for each in rates)
     axis.set_ylim(best - 5, best + 0.5)  # rates that ruin a tuning are in the table
@@ -198,7 +201,7 @@ def _name(tuning: str) -> str:
 
 
 def _forgotten(folder: Path) -> list[float]:
-    lost = [line["source/forgotten"] for line in _lines(folder / "metrics.csv")]
+    lost = [line.get("source/forgotten") for line in _lines(folder / "metrics.csv")]
     return [float(value) for value in lost if value][-1:]
 
 

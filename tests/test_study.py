@@ -57,6 +57,8 @@ def out(tmp_path: Path) -> Path:
         (folder / "metrics.csv").write_text(f"step,source/forgotten\n0,0.0\n9,{lost}\n9,\n")
         table = "weight,rank,relative_norm,intruders\na,4x3,0.5,1\nb,2x9,0.7,2\n"
         (folder / "spectra.csv").write_text(table)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.csv").write_text("step,val/acc\n9,0.5\n")
     return tmp_path
 
 
@@ -80,4 +82,4 @@ def test_the_rates_that_were_tried(out: Path) -> None:
 
 def test_the_picture_has_forgetting_where_it_was_asked_for(out: Path) -> None:
     found, rates = study_tables.results(out), study_tables.tries(out / "results.csv", out)
-    assert [len(study_tables.draw(found, of).axes) for of in (rates, rates[:2])] == [2, 1]
+    assert [len(study_tables.draw(found, of).axes) for of in (rates, rates[:2])] == [3, 1]

@@ -49,6 +49,8 @@ KERNELS: dict[str, tuple[float, ...]] = {
     "lora_conv": (1e-3, 3e-3),
     "flora_pointwise": (3e-3, 1e-2),
 }
+# Where a run takes its time.
+FEW = "Full", "tuning/lisa", "LoRA", "lora_conv", "FLoRA"
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ TARGETS = {
         "PennFudanPed",
         ATTO,
         {**SHORT, "data.init_args.test_fraction": 0.3},
-        rates={name: RATES[name] for name in ("BitFit", "Full", "tuning/lisa", "LoRA", "FLoRA")}
-        | KERNELS,
+        rates={name: {**RATES, **KERNELS}[name] for name in FEW},
         source=(64, "original"),
     ),
 }

@@ -4,8 +4,8 @@
     python benchmarks/lisa.py --models convnext_tiny --batch 8 --active 4
 
 All variants of a model live in one process and take turns, as in step.py. State and gradients are
-those of AdamW, saved is what autograd keeps for backward; of LISA each is the most of all steps,
-for which blocks are drawn anew every time. A run keeps them for an interval, and spares the time.
+those of AdamW, saved is what autograd keeps for backward; of LISA each is the most of a few draws,
+for blocks are drawn anew at every step. A run keeps them for an interval, and spares the time.
 Memory that DDP keeps for the gradients of all parameters is not counted. The table goes to the
 screen and to --out.
 """
@@ -81,7 +81,7 @@ class Sampled(Tuned):
         wake(self.units, norms)
 
     def saved(self) -> int:
-        """The most that is kept for backward, whichever blocks train."""
+        """The most that is kept for backward, of as many draws as there are blocks."""
         found = []
         for _ in self.units:
             self._draw()

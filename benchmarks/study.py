@@ -187,6 +187,8 @@ def search(
     while True:
         run(rates, seeds[:1])
         best = chosen(out)
+        if lost := rates.keys() - best.keys():
+            raise SystemExit(f"{', '.join(sorted(lost))}: no rate that was tried has ended well")
         wider = {name: with_neighbours(tried, best[name]) for name, tried in rates.items()}
         if wider == {name: tuple(tried) for name, tried in rates.items()}:
             return best

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def tries(path: Path, out: Path) -> list[Try]:
             name=_name(row["tuning"]),
             rate=float(row["lr"]),
             val=100 * float(row[val] or "nan"),
-            forgotten=next((100 * lost for lost in _forgotten(out / row["folder"])), None),
+            forgotten=next((100 * lost for lost in _forgotten(out, row)), None),
             chosen=row["chosen"] == "1",
         )
         for row in rows
@@ -125,17 +126,17 @@ def _cell(one: Try) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+    """Mean and, of several, standard deviation."""
     if not values:
         return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def draw(found: Sequence[Result], rates: Sequence[Try]) -> Figure:
     """The test metric against parameters and forgetting; learning and forgetting at every rate."""
     head = min(result.parameters for result in found)
-    forgets = [each for each in rates if each.forgotten is not None]
+    forgets = [each for each in rates if each.forgotten is not None and isfinite(each.val)]
     figure = Figure(figsize=(15 if forgets else 8, 4.8), dpi=100, layout="constrained")
     axes = figure.subplots(1, 3 if forgets else 1, squeeze=False)[0]
     looks = {result.name: _look(number) for number, result in enumerate(found)}
@@ -189,7 +190,7 @@ def _result(out: Path, rows: list[dict[str, str]]) -> Result:
         parameters=int(first["parameters"]),
         val=[100 * float(row[val]) for row in rows],
         test=[100 * float(row[test]) for row in rows if row[test]],
-        forgotten=[100 * lost for folder in folders for lost in _forgotten(folder)],
+        forgotten=[100 * lost for row in rows for lost in _forgotten(out, row)],
         ranks=[_median(int(line["rank"].split("x")[0]) for line in of) for of in spectra if of],
         norms=[_median(float(line["relative_norm"]) for line in of) for of in spectra if of],
         intruders=[sum(int(line["intruders"]) for line in of) for of in spectra if of],
@@ -200,8 +201,13 @@ def _name(tuning: str) -> str:
     return tuning.removesuffix(".yaml").removeprefix("tuning/")
 
 
-def _forgotten(folder: Path) -> list[float]:
-    lost = [line.get("source/forgotten") for line in _lines(folder / "metrics.csv")]
+def _forgotten(out: Path, row: Mapping[str, str]) -> list[float]:
+    """What a run has logged last, if it was asked for and has come to an end."""
+    val = next(row[key] for key in row if key.startswith("val/"))
+    if not isfinite(float(val or "nan")):
+        return []
+    lines = _lines(out / row["folder"] / "metrics.csv")
+    lost = [line.get("source/forgotten") for line in lines]
     return [float(value) for value in lost if value][-1:]
 
 

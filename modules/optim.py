@@ -95,12 +95,13 @@ def may_fuse(trainer: Trainer | None) -> bool:
     """Whether a step may unscale its gradients itself, as fused ones do.
 
     Lightning clips none that are to be unscaled so late: in mixed precision it refuses, and under
-    FSDP it would clip them scaled. Without a Trainer nobody knows what else is done to them.
+    FSDP it would clip them scaled. A scaler would ask a step to unscale that has ceased to be fused
+    (see `_fuse_what_is_in_order`). Without a Trainer nobody knows what else is done to them.
     """
-    if trainer is None or isinstance(trainer.precision_plugin, FSDPPrecision):
+    plugin = None if trainer is None else trainer.precision_plugin
+    if trainer is None or isinstance(plugin, FSDPPrecision):
         return False
-    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
-    return not (mixed and trainer.gradient_clip_val)
+    return not (isinstance(plugin, MixedPrecision) and (plugin.scaler or trainer.gradient_clip_val))
 
 
 def methods_of(tuning: dict[str, Any]) -> tuple[str, dict[str, float]]:

@@ -100,10 +100,12 @@ def test_steps_are_fused_unless_gradients_are_clipped_in_mixed_precision(
     assert kinds(run) == {(fused, None)}
 
 
-def test_nothing_is_fused_under_fsdp_or_without_a_trainer(base, tmp_path):
+def test_nothing_is_fused_under_fsdp_or_a_scaler_or_without_a_trainer(base, tmp_path):
     run = trainer(tmp_path)
     assert may_fuse(run)
     run.strategy.precision_plugin = FSDPPrecision("bf16-mixed")
+    assert not may_fuse(run)
+    run.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     assert not may_fuse(run)
     made = module(base, lr_scheduler=None)
     made.configure_model()

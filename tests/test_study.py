@@ -3,9 +3,14 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import study
 import study_tables
+from matplotlib.axes import Axes
+
+from litflora.commands import recipes
+from litflora.commands.compare import axes
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,8 @@ def test_every_recipe_of_the_study_is_there() -> None:
     for target in study.TARGETS.values():
         for name in target.rates:
             named = study.tuning(name)
-            assert (study.HERE / named).is_file() or name[0].isupper() or name.startswith("tuning/")
+            own = (study.HERE / named).is_file()
+            assert own or name in axes.known() or recipes.find(name).is_file()
 
 
 @pytest.fixture
@@ -50,6 +56,7 @@ def out(tmp_path: Path) -> Path:
     ]
     rows += [("LoRA", 8, "0.001", seed, 1, 0.7, 0.6, 350, f"c{seed}") for seed in (0, 1)]
     rows += [("LoRA", 8, "0.01", 0, 0, 0.65, "", 350, "d")]
+    rows += [("LoRA", 8, "0.1", 0, 0, "nan", "", 350, "c0")]
     with (tmp_path / "results.csv").open("w", newline="") as file:
         csv.writer(file).writerows([keys, *rows])
     for seed, lost in enumerate((0.02, 0.04)):
@@ -74,12 +81,27 @@ def test_a_row_has_means_over_seeds(out: Path) -> None:
 def test_the_rates_that_were_tried(out: Path) -> None:
     found = [each for each in study_tables.tries(out / "results.csv", out) if each.name == "LoRA"]
     assert study_tables.tried(found[:1] + found[2:]).splitlines() == [
-        "| tuning | 0.001 | 0.01 |",
-        "|---|---|---|",
-        "| LoRA | **70.0** (2.0) | 65.0 |",
+        "| tuning | 0.001 | 0.01 | 0.1 |",
+        "|---|---|---|---|",
+        "| LoRA | **70.0** (2.0) | 65.0 | nan |",
     ]
 
 
 def test_the_picture_has_forgetting_where_it_was_asked_for(out: Path) -> None:
     found, rates = study_tables.results(out), study_tables.tries(out / "results.csv", out)
-    assert [len(study_tables.draw(found, of).axes) for of in (rates, rates[:2])] == [3, 1]
+    parameters, forgotten, at_each_rate = study_tables.draw(found, rates).axes
+    assert _places(parameters) == [[1e3, 45], [250, 60]]
+    assert _places(forgotten) == [[pytest.approx(3), 60]]
+    (line,) = at_each_rate.lines
+    assert line.get_xydata() == pytest.approx(np.array([[2, 70], [4, 70]]))
+    assert len(study_tables.draw(found, rates[:2]).axes) == 1
+
+
+def _places(axis: Axes) -> list[list[float]]:
+    return [bars[0].get_xydata()[0].tolist() for bars in axis.containers]
+
+
+def test_a_method_without_a_rate_ends_the_study(monkeypatch) -> None:
+    monkeypatch.setattr(study, "chosen", lambda _: {})
+    with pytest.raises(SystemExit, match="DoRA: no rate that was tried has ended well"):
+        study.search({"DoRA": (1e-3,)}, [0], Path(), lambda *_: None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
@@ -36,6 +37,17 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         remove(temporary)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Writes a table in UTF-8, whole or not at all.
+
+    Args:
+        path: The file.
+        rows: Its rows, the titles first.
+    """
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from ..monitored import lower_is_better
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/best.ckpt``, the best by the module's ``monitor``.
@@ -24,7 +26,7 @@ class BestCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the metric from the module."""
         self.monitor = getattr(pl_module, "monitor", "val/loss")
-        self.mode = "min" if self.monitor.endswith("loss") else "max"
+        self.mode = "min" if lower_is_better(self.monitor) else "max"
         super().setup(trainer, pl_module, stage)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from math import isnan
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..adapters.replacing import replacing
+from ..adapters.replacing import write_csv
 from ..adapters.summary import text_table
 from ._files import log_dir
 
@@ -28,11 +27,7 @@ class ClassTable(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         rows = list(zip(pl_module.class_names, scores, strict=True))
-        with (
-            replacing(path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            csv.writer(file).writerows([("class", key), *((n, f"{s:.6f}") for n, s in rows)])
+        write_csv(path, [("class", key), *((name, f"{score:.6f}") for name, score in rows)])
         rows.sort(key=lambda row: (isnan(row[1]), row[1]))
         lines = text_table(("class", title), [(name, f"{score:.3f}") for name, score in rows])
         print(*lines, sep="\n")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..adapters.replacing import replacing
+from ..adapters.replacing import write_csv
 from ..processes import gathered
 from ._files import log_dir
 
@@ -47,10 +46,10 @@ class PredictionWriter(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         names = pl_module.class_names
-        with replacing(path) as temporary, temporary.open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["path", "predicted", *names])
-            for image, probs in rows:
-                predicted = names[probs.index(max(probs))]
-                table.writerow([image, predicted, *(f"{p:.6f}" for p in probs)])
+        best = (names[probs.index(max(probs))] for _, probs in rows)
+        cells = (
+            [image, name, *(f"{p:.6f}" for p in probs)]
+            for (image, probs), name in zip(rows, best, strict=True)
+        )
+        write_csv(path, [["path", "predicted", *names], *cells])
         print(f"{len(rows)} predictions are in {path}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a task imports its callbacks, not they the task
     from ..module import TuningModule
 
 PER_CLASS = 20  # as many neighbours are asked
+AT_ONCE = 1024  # of all vectors together the similarities could fill the memory
 
 Head = Literal["original", "knn", "probe"]
 # Makes vectors [N, D] of normalised images, by a backbone.
@@ -121,7 +122,8 @@ class SourceMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
         """Measures and logs."""
         epoch = trainer.current_epoch + 1
-        last = trainer.should_stop or epoch == trainer.max_epochs
+        ended = 0 < trainer.max_steps <= trainer.global_step
+        last = trainer.should_stop or ended or epoch == trainer.max_epochs
         if epoch % self.every_n_epochs == 0 or last:
             assert pl_module.net is not None
             self.now = self._accuracy(trainer, pl_module, encoder(pl_module.net))
@@ -169,7 +171,8 @@ class SourceMonitor(Callback):
     def _accuracy(self, trainer: Trainer, module: TuningModule, backbone: nn.Module) -> float:
         samples = self.data.datasets["test"]
         vectors, labels = self._vectors(trainer, module, backbone, samples)
-        return (self._classify(vectors).argmax(1) == labels).double().mean().item()
+        found = [self._classify(some).argmax(1) for some in vectors.split(AT_ONCE)]
+        return (torch.cat(found) == labels).double().mean().item()
 
     def _vectors(
         self, trainer: Trainer, module: TuningModule, backbone: nn.Module, samples: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..adapters import SpectraReport, Spectrum, adapter_names, spectra, trainable_parameters
 from ..adapters.quantized import first_quantized
-from ..adapters.replacing import replacing
+from ..adapters.replacing import write_csv
 from ..adapters.spectra import INTRUDERS_AMONG
 from ..adapters.targets import head_names, is_inside
 from ._files import log_dir, publish
@@ -33,8 +32,8 @@ NOISE = 1e-6
 class Spectra(Callback):
     """Writes ``spectra.csv`` and ``spectra.png`` into the log folder at the end of a fit.
 
-    The table has a line for each weight that changed: the effective rank of each mode of dW at 90 %
-    of its squared energy, ||dW|| / ||W||, and the intruder dimensions (see
+    The table has a line for each weight that was adapted or has changed: the effective rank of each
+    mode of dW at 90 % of its squared energy, ||dW|| / ||W||, and the intruder dimensions (see
     `litflora.adapters.spectra`). The picture also goes to every logger that takes figures or
     images. It shows the weights of the last step, under EMA their average. Where the base itself
     trained, it is read again at the end; nothing is kept during the run.
@@ -67,11 +66,11 @@ class Spectra(Callback):
         if find_spec("matplotlib") is None:
             rank_zero_warn("no spectra are drawn: pip install 'litflora[plots]'")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: TuningModule) -> None:
-        """Measures, writes and draws."""
-        assert self.folder is not None
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+    def teardown(self, trainer: Trainer, pl_module: TuningModule, stage: str) -> None:
+        """Measures, writes and draws, once the adapter is saved: it can take minutes, and fail."""
+        if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:
             return
+        assert self.folder is not None
         report = measure(pl_module)
         _write(report, self.folder / "spectra.csv")
         changed = any(row.relative_norm > 0 for row in report.rows)
@@ -98,13 +97,12 @@ def _trains_in_place(module: TuningModule) -> bool:
 
 def _write(report: SpectraReport, path: Path) -> None:
     head = ("weight", "kind", "shape", "rank", "relative_norm", "intruders")
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        for row in report.rows:
-            shape, ranks = ("x".join(map(str, sizes)) for sizes in (row.shape, row.ranks()))
-            norm = f"{row.relative_norm:.6g}"
-            writer.writerow((row.name, row.kind, shape, ranks, norm, row.intruders))
+    write_csv(path, [head, *map(_cells, report.rows)])
+
+
+def _cells(row: Spectrum) -> tuple[object, ...]:
+    shape, ranks = ("x".join(map(str, sizes)) for sizes in (row.shape, row.ranks()))
+    return row.name, row.kind, shape, ranks, f"{row.relative_norm:.6g}", row.intruders
 
 
 def draw(report: SpectraReport) -> Figure:

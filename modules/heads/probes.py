@@ -23,14 +23,15 @@ class NearestNeighbours:
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
         self.features = F.normalize(features)
-        self.votes = F.one_hot(labels, num_classes).to(features)
+        self.labels, self.num_classes = labels, num_classes
 
     def __call__(self, features: Tensor) -> Tensor:
         """Sums of votes ``[M, num_classes]`` for features ``[M, D]``."""
         cosines = F.normalize(features) @ self.features.t()
         nearest, index = cosines.topk(min(self.neighbours, len(self.features)))
         weights = (nearest / self.temperature).exp()
-        return (self.votes[index] * weights[..., None]).sum(1)
+        votes = weights.new_zeros(len(features), self.num_classes)
+        return votes.scatter_add_(1, self.labels[index], weights)
 
 
 class LinearProbe:

@@ -8,6 +8,7 @@ from functools import partial
 from html import escape
 
 from .. import __version__
+from ..monitored import lower_is_better
 from . import pictures, tables
 from .curves import curves, dashes
 from .logged import SOURCE, band, logged
@@ -95,7 +96,7 @@ def _costs(points: Sequence[Point], series: dict[str, int]) -> str:
     if not points:
         return ""
     metric = points[0].test_metric
-    draw = partial(scatter, y_name=metric, low_y=metric.endswith("loss"))
+    draw = partial(scatter, y_name=metric, low_y=lower_is_better(metric))
     charts = "".join(
         draw([_mark(point, series, cost(point)) for point in points], name)
         for name, cost in _COSTS.items()
@@ -140,7 +141,7 @@ def _forgetting(points: Sequence[Point], series: dict[str, int]) -> str:
     logs = [logged(folder, SOURCE) for point in points for folder in point.folders]
     base = next((log[0] for log in logs if 0 in log), None)
     marks = [_mark(point, series, statistics.mean(point.source)) for point in points]
-    drawn = scatter(marks, SOURCE, metric, low_x=False, low_y=metric.endswith("loss"), base=base)
+    drawn = scatter(marks, SOURCE, metric, low_x=False, low_y=lower_is_better(metric), base=base)
     less = "To the right less is forgotten, and upwards more is learnt."
     said = f"{less} {_MARKS} nothing else has learnt more and forgotten no more."
     names = _names(points, series)

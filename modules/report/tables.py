@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from ..monitored import lower_is_better
 from .logged import UNREADABLE
 from .points import Point, Report, Sweep, averaged, rate_text, shown, table_of
 from .told import notes
@@ -42,7 +43,7 @@ def results(report: Report) -> str:
     head, body = table_of(points)
     means = [statistics.mean(p.test) if p.whole else math.nan for p in points]
     finite = [mean for mean in means if math.isfinite(mean)]
-    best = (min if metric.endswith("loss") else max)(finite) if finite else math.nan
+    best = (min if lower_is_better(metric) else max)(finite) if finite else math.nan
     rows = []
     for cells, mean in zip(body, means, strict=True):
         first, test, *rest = map(escape, cells)

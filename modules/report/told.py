@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from ..monitored import lower_is_better
 from .points import Point, Report, deviation, over, shown, spread
 
 
@@ -24,7 +25,7 @@ def _best(points: Sequence[Point], so_far: str) -> str:
     """Names the best by validation: all of them if the table shows them equal."""
     metric, seeds = points[0].val_metric, len(points[0].seeds)
     means = {point.label: statistics.mean(point.val) for point in points}
-    order = sorted(points, key=lambda p: means[p.label], reverse=not metric.endswith("loss"))
+    order = sorted(points, key=lambda p: means[p.label], reverse=not lower_is_better(metric))
     best = [p for p in order if shown(means[p.label]) == shown(means[order[0].label])]
     close = ""
     for other in order[len(best) :][:1]:

@@ -149,13 +149,20 @@ def test_a_run_is_bit_for_bit_what_it_is_without(tmp_path, head, options):
     }
 
 
-def test_it_logs_the_start_and_every_so_many_epochs_and_the_last(base, tmp_path):
+@pytest.mark.parametrize(
+    ("every", "length", "steps"),
+    [(2, {"max_epochs": 3}, [0, 5, 8]), (9, {"max_epochs": -1, "max_steps": 5}, [0, 4])],
+    ids=["epochs", "steps"],
+)
+def test_it_logs_the_start_and_every_so_many_epochs_and_the_last(
+    base, tmp_path, every, length, steps
+):
     logger = CSVLogger(tmp_path)
-    monitor = SourceMonitor(Tints(), every_n_epochs=2)
-    fit(base, tmp_path, monitor, logger=logger, max_epochs=3)
+    monitor = SourceMonitor(Tints(), every_n_epochs=every)
+    fit(base, tmp_path, monitor, logger=logger, **length)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["source/acc"]]
-    assert [int(row["step"]) for row in rows] == [0, 5, 8]
+    assert [int(row["step"]) for row in rows] == steps
     assert float(rows[0]["source/acc"]) == pytest.approx(monitor.before)
     for row in rows:
         lost = monitor.before - float(row["source/acc"])

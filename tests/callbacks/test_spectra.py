@@ -59,6 +59,13 @@ def test_deltas_leave_a_table_and_a_picture(runs):
     assert Image.open(folder / "spectra.png").size > (600, 300)
 
 
+def test_an_adapter_is_saved_before_its_spectra_can_fail(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("litflora.callbacks.spectra.measure", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "run", base, LoRA(rank=2), AdapterFolder())
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+
+
 def test_full_tuning_is_compared_with_its_file(runs):
     made, base = runs
     folder, module = made["Full"]

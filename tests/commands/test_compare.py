@@ -494,6 +494,10 @@ def budget(**changes):
             "BatchSizeFinder would search for the batch size of each run of b",
         ),
         (
+            budget(callbacks=[{"class_path": "lightning.pytorch.callbacks.EarlyStopping"}]),
+            "EarlyStopping would choose the length of each run of b",
+        ),
+        (
             budget(callbacks=[{"class_path": "litflora.callbacks.LearningRateFinder"}]),
             "LearningRateFinder would search for the learning rate",
         ),
@@ -517,7 +521,10 @@ def test_budgets_are_equal(other, message):
         ({"barebones": True}, "barebones leaves no adapter"),
         ({"check_val_every_n_epoch": 4}, "is 4, and the last of 3 epochs would end without a val"),
         ({"check_val_every_n_epoch": 2}, "is 2, and the last of 3 epochs"),
+        ({"max_steps": 150}, "can end a run after its last validation,\nby which rates are ch"),
+        ({"val_check_interval": 0.3}, "trainer.max_steps and trainer.val_check_interval can end"),
         ({"check_val_every_n_epoch": 3, "max_steps": -1, "fast_dev_run": False}, ""),
+        ({"val_check_interval": 1.0, "max_steps": None}, ""),
         ({"check_val_every_n_epoch": 4, "max_epochs": -1}, ""),
     ],
 )
@@ -529,10 +536,26 @@ def test_limits_that_doom_every_run(trainer, message):
         limits.check({"max_epochs": 3, **trainer})
 
 
+def test_weights_are_kept_by_what_rates_are_chosen_by(tmp_path):
+    def keeping(metric):
+        callback = {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"monitor": metric},
+        }
+        return cells_with({"trainer": {"callbacks+": [callback]}}, tmp_path)
+
+    assert keeping("val/acc")
+    assert keeping(None)
+    told = "weights of the best val/f1, and rates are chosen by val/acc:\nhave it monitor that"
+    with pytest.raises(ValueError, match=told):
+        keeping("val/f1")
+
+
 def test_few_that_validate_are_told():
     sizes = {"train": 2000, "val": 100, "test": 7}
     unlimited = {"limit_train_batches": None, "limit_val_batches": 1.0}
     assert data.told(sizes, unlimited) == "data     2,000 train, 100 validate, 7 test"
+    assert "\nwarning: only a part of those" in data.told(sizes, {"limit_val_batches": 1})
     line = data.told({"val": 99}, {"limit_val_batches": 1})
     assert line.startswith("data     99 validate (limit_val_batches 1)\nwarning: only 99 validate,")
     assert data.told({}, {}) == ""  # data that do not say
@@ -559,18 +582,37 @@ def cells_with(overlay, tmp_path, tuning="Probe"):
     return plan.cells(axes.Axes("quickstart", (tuning,), (), {tuning: ()}, (0,), told), tmp_path)
 
 
-def test_what_a_callback_reads_counts(tmp_path):
-    (folder := tmp_path / "photos").mkdir()
-    checkpoint = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": str(folder)},
+def photos_of_a_monitor(folder):
+    return {
+        "class_path": "litflora.callbacks.SourceMonitor",
+        "init_args": {
+            "data": {
+                "class_path": "litflora.datamodules.ImageFolderDataModule",
+                "init_args": {"root": folder, "img_size": 32},
+            }
+        },
     }
-    names = []
+
+
+def kept_in(folder):
+    return {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": folder},
+    }
+
+
+@pytest.mark.parametrize(("callback", "names"), [(photos_of_a_monitor, 2), (kept_in, 1)])
+def test_what_a_callback_reads_counts_and_not_what_it_writes(callback, names, tmp_path):
+    classes = [tmp_path / "photos" / split / name for split in ("train", "test") for name in "ab"]
+    found = set()
     for number in range(2):
-        (folder / f"{number}.jpg").touch()
-        (cell,), _ = cells_with({"trainer": {"callbacks+": [checkpoint]}}, tmp_path)
-        names.append(cell.all_runs[0].name)
-    assert names[0] != names[1]
+        for of_class in classes:
+            of_class.mkdir(parents=True, exist_ok=True)
+            (of_class / f"{number}.jpg").touch()
+        overlay = {"trainer": {"callbacks+": [callback(str(tmp_path / "photos"))]}}
+        (cell,), _ = cells_with(overlay, tmp_path)
+        found.add(cell.all_runs[0].name)
+    assert len(found) == names
 
 
 def test_options_that_replace_the_tuning_of_a_recipe_are_refused(tmp_path):
@@ -659,6 +701,16 @@ def test_the_version_of_a_file_is_what_is_in_it(tmp_path):
     weights.write_text("21")
     assert version(weights) != before
     assert versions.Versions(tmp_path).of({"prompt": "x" * 300}) == {}  # longer than a name may be
+
+
+def test_a_file_of_the_home_folder_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "weights.pt").write_text("12")
+    named = {"weights": "~/weights.pt"}
+    before = versions.Versions(tmp_path / "out").of(named)
+    (tmp_path / "weights.pt").write_text("21")
+    assert versions.Versions(tmp_path / "out").of(named)["~/weights.pt"] != before["~/weights.pt"]
 
 
 def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):

@@ -84,3 +84,12 @@ def test_what_was_forgotten_is_in_the_tables(tmp_path):
     assert (second["source/acc"], second["folder"]) == ("", "1")
     assert "| 0.4000 | 0.5000 | 0.2000 |" in (tmp_path / "results.md").read_text()
     assert "forgotten" in results.told(found, tmp_path)
+
+
+def test_a_run_that_diverged_has_forgotten_no_known_amount(tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "metrics.csv").write_text("step,source/forgotten\n0,0.0\n")
+    diverged, ended = rows(tmp_path, [math.nan, 0.5])
+    assert diverged.last("source/forgotten") is None
+    assert ended.last("source/forgotten") == 0.0

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ...monitored import lower_is_better
+
 Rate = float | None
 
 
@@ -15,11 +17,6 @@ class Score(NamedTuple):
 
     metric: str
     value: float
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss."""
-    return metric.endswith("loss")
 
 
 def choose(scores: Mapping[Rate, Sequence[Score | None]]) -> list[Rate]:

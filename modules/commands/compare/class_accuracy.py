@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ...adapters.replacing import replacing
+from ...adapters.replacing import write_csv
 
 
 class ClassAccuracy(Callback):
@@ -47,9 +46,4 @@ class ClassAccuracy(Callback):
         share = torch.bincount(labels[right], minlength=len(names)) / count
         scores = [f"{each:.6f}" for each in share.tolist()]
         rows = [("class", "accuracy"), *zip(names, scores, strict=True)]
-        path = Path(trainer.log_dir) / "class_accuracy.csv"
-        with (
-            replacing(path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            csv.writer(file).writerows(rows)
+        write_csv(Path(trainer.log_dir) / "class_accuracy.csv", rows)

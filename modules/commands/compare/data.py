@@ -66,7 +66,7 @@ def check(made: LitFloraCLI, chooses: bool) -> dict[str, int]:
 
 
 def told(sizes: Mapping[str, int], trainer: Mapping[str, Any]) -> str:
-    """How many samples train, validate and test; a second line says so if few validate.
+    """How many samples train, validate and test; a second line warns if few or a part validate.
 
     Args:
         sizes: How many samples each split has; nothing is told of others.
@@ -78,6 +78,9 @@ def told(sizes: Mapping[str, int], trainer: Mapping[str, Any]) -> str:
         less = "" if str(limit) in ("None", "1.0") else f" (limit_{split}_batches {limit})"
         parts += [f"{sizes[split]:,} {does}{less}"] if split in sizes else []
     line = f"data     {', '.join(parts)}" if parts else ""
+    by = "and rates and methods are chosen by them"
     if sizes.get("val", _FEW) < _FEW:
-        line += f"\nwarning: only {sizes['val']} validate, and rates and methods are chosen by them"
+        line += f"\nwarning: only {sizes['val']} validate, {by}"
+    elif "validate (limit" in line:
+        line += f"\nwarning: only a part of those that could validates, {by}"
     return line

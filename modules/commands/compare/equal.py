@@ -11,8 +11,12 @@ _LIMITS = (
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"),
     *("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"),
 )
-# Callbacks that search for what all runs must have alike, or for what is swept.
-_SEARCHES = {"BatchSizeFinder": "the batch size", "LearningRateFinder": "the learning rate"}
+# What callbacks would settle that all runs must have alike, or that is swept.
+_SETTLES = {
+    "BatchSizeFinder": "search for the batch size",
+    "LearningRateFinder": "search for the learning rate",
+    "EarlyStopping": "choose the length",
+}
 
 
 def check(settings: Mapping[str, dict[str, Any]]) -> None:
@@ -22,12 +26,12 @@ def check(settings: Mapping[str, dict[str, Any]]) -> None:
         settings: Model, data and trainer of each tuning and rank, by what it is called.
 
     Raises:
-        ValueError: If data settings or limits of the trainer differ, or a run is to search.
+        ValueError: If data settings or limits of the trainer differ, or a callback settles them.
     """
     first, *others = settings
     usual = _budget(settings[first])
     for name in (first, *others):
-        _check_searches(name, settings[name])
+        _check_callbacks(name, settings[name])
         own = _budget(settings[name])
         for key in {**usual, **own}:
             if own.get(key) != usual.get(key):
@@ -44,11 +48,11 @@ def _budget(settings: dict[str, Any]) -> dict[str, Any]:
     return {**limits, "data": data["class_path"], **of_data}
 
 
-def _check_searches(name: str, settings: dict[str, Any]) -> None:
+def _check_callbacks(name: str, settings: dict[str, Any]) -> None:
     for callback in settings["trainer"].get("callbacks") or []:
         kind = callback["class_path"].rpartition(".")[2]
-        if kind in _SEARCHES:
+        if kind in _SETTLES:
             raise ValueError(
-                f"{kind} would search for {_SEARCHES[kind]} of each run of {name}:\n"
+                f"{kind} would {_SETTLES[kind]} of each run of {name}:\n"
                 "leave it out, and compare at what it finds"
             )

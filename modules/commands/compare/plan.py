@@ -173,6 +173,8 @@ def cells(axes: Axes, out: Path) -> tuple[list[Cell], dict[str, int]]:
     equal.check({label(each.tuning, each.rank): each.settings for each in drafts})
     first = drafts[0]  # all have the same data and limits
     limits.check(first.settings["trainer"])
+    for draft in drafts:
+        limits.check_monitored(draft.settings["trainer"], draft.made.model.monitor)
     data.check_apart(out, first.settings["data"])
     sizes = data.check(first.made, any(len(draft.rates) > 1 for draft in drafts))
     read = versions.Versions(out)
@@ -236,8 +238,8 @@ def _own_rate(made: LitFloraCLI, tuning: str) -> float | None:
 
 def _cell(axes: Axes, draft: Draft, read: versions.Versions) -> Cell:
     trainer = draft.settings["trainer"]
-    reads = draft.settings["model"], draft.settings["data"], trainer.get("callbacks")
-    files, machine = read.of(list(reads)), versions.environment(trainer.get("accelerator"))
+    reads = [draft.settings["model"], draft.settings["data"], *_callbacks(trainer)]
+    files, machine = read.of(reads), versions.environment(trainer.get("accelerator"))
     settings = {**draft.settings, "files": files, **machine}
 
     def run(rate: float | None, seed: int) -> Run:
@@ -249,3 +251,10 @@ def _cell(axes: Axes, draft: Draft, read: versions.Versions) -> Cell:
 
     runs = {rate: [run(rate, seed) for seed in axes.seeds] for rate in draft.rates}
     return Cell(draft.tuning, draft.rank, draft.made, runs)
+
+
+def _callbacks(trainer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of the callbacks, but for the folders that they write to."""
+    for callback in trainer.get("callbacks") or []:
+        arguments = callback.get("init_args") or {}
+        yield {key: value for key, value in arguments.items() if key != "dirpath"}

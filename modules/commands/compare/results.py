@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...adapters.replacing import replacing
+from ...adapters.replacing import replacing, write_csv
 from ...adapters.summary import text_table
 from ...report import markdown, page
 from ...report.logged import FORGOTTEN, SOURCE, last
@@ -42,8 +42,9 @@ class Row:
     folder: Path
 
     def last(self, metric: str) -> float | None:
-        """What the fit has logged last of a metric."""
-        return last(self.folder, metric) if self.fit else None
+        """What the fit has logged last of a metric; None if it has diverged before its end."""
+        ended = math.isfinite(self.fit.get("val", math.nan))
+        return last(self.folder, metric) if ended else None
 
 
 def chosen_runs(cell: Cell, out: Path, failed: Collection[str]) -> list[Run]:
@@ -98,12 +99,7 @@ def write_tables(rows: list[Row], out: Path, command: str) -> None:
         out: The folder of the compare.
         command: What makes all of it again.
     """
-    path = out / "results.csv"
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        csv.writer(file).writerows(_csv(rows, out))
+    write_csv(out / "results.csv", _csv(rows, out))
     with replacing(out / "results.md") as temporary:
         temporary.write_text(markdown(gathered.report(rows, command)), encoding="utf-8")
 

@@ -47,11 +47,12 @@ class Versions:
     def of(self, config: Any) -> dict[str, str]:
         """By name, the version of what a config names and what is there."""
         named = {value for value in values(config) if isinstance(value, str)}
-        return {name: self._version(name) for name in sorted(named) if os.path.exists(name)}
+        there = (name for name in sorted(named) if os.path.exists(os.path.expanduser(name)))
+        return {name: self._version(name) for name in there}
 
     def _version(self, name: str) -> str:
         if name not in self._known:
-            path = Path(name)
+            path = Path(name).expanduser()
             self._known[name] = self._folder(path) if path.is_dir() else _file(path)
         return self._known[name]
 

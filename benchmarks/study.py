@@ -44,12 +44,12 @@ RATES: dict[str, tuple[float, ...]] = {
     "flora_quarter": (3e-3, 1e-2),
     "flora_times_4": (1e-3, 3e-3),
 }
-SCALES = "flora_quarter", "flora_times_4"
 KERNELS: dict[str, tuple[float, ...]] = {
     "lora_conv": (1e-3, 3e-3),
     "flora_pointwise": (3e-3, 1e-2),
 }
-# Where a run takes its time.
+# What the smaller studies are of.
+PLAIN = "BitFit", "Full", "tuning/lisa", "LoRA", "tuning/adalora", "FLoRA"
 FEW = "Full", "tuning/lisa", "LoRA", "lora_conv", "FLoRA"
 
 
@@ -87,7 +87,7 @@ TARGETS = {
         "cifar10",
         VIT,
         {"data.init_args.val_fraction": 0.2, "trainer.check_val_every_n_epoch": 3},
-        rates={name: rates for name, rates in RATES.items() if name not in SCALES},
+        rates={name: RATES[name] for name in PLAIN},
     ),
     "camvid_vit_tiny": Target(
         "segmentation/camvid_vit_tiny", "CamVid", VIT, SHORT, source=(96, "probe")

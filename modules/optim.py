@@ -19,9 +19,9 @@ from .adapters import Delta, trainable_parameters
 from .adapters.sharded import plain_name
 from .adapters.targets import is_inside
 
-# Learning rates of AdamW by tuning, where OTHERS does not suit it. FLoRA's factors turn little at
-# first, while its core is small (docs/results.md has what was tried).
-LEARNING_RATES = {"FLoRA": 5e-3, "Full": 1e-4}
+# Learning rates of AdamW by tuning, where OTHERS does not suit it: docs/study.md has what was tried.
+# FLoRA's factors turn little at first, while its core is small.
+LEARNING_RATES = {"AdaLoRA": 5e-3, "BitFit": 5e-3, "FLoRA": 5e-3, "Full": 1e-4}
 OTHERS = 1e-3
 
 # Devices on which AdamW's step is fused. Adapters are hundreds of tiny tensors: on a CPU it takes a

@@ -174,8 +174,9 @@ def _tradeoffs(axis: Axes, rates: Sequence[Try], looks: Mapping[str, Mapping[str
         axis.plot(lost, val, lw=0.7, color=looks[name]["color"])
         axis.scatter(lost, val, s=sizes, **looks[name])
     axis.set(xscale="symlog", xlabel="points of source accuracy forgotten, at each rate")
-    best = max(each.val for each in rates)
-    axis.set_ylim(best - 5, best + 0.5)  # rates that ruin a tuning are in the table
+    chosen = [each.val for each in rates if each.chosen]
+    margin = max(chosen) - min(chosen) + 0.5
+    axis.set_ylim(min(chosen) - margin, max(chosen) + margin / 4)  # the table has the ruined, too
     axis.set_ylabel("validation metric, %, first seed; chosen rates are large")
 
 

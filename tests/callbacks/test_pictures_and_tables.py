@@ -78,10 +78,10 @@ def test_a_failing_write_leaves_the_old_table(base, tmp_path, monkeypatch):
     run = trainer(tmp_path)
 
     class Full:
-        def writerow(self, row):
+        def writerows(self, rows):
             raise OSError("disk full")
 
-    monkeypatch.setattr("litflora.callbacks.predictions.csv.writer", lambda file: Full())
+    monkeypatch.setattr("litflora.adapters.replacing.csv.writer", lambda file: Full())
     with pytest.raises(OSError, match="disk full"):
         run.predict(module(base), Colours(n=4))
     assert path.read_text() == "old"

@@ -19,7 +19,7 @@ from .adapters import Delta, trainable_parameters
 from .adapters.sharded import plain_name
 from .adapters.targets import is_inside
 
-# Learning rates of AdamW by tuning, where OTHERS does not suit it: docs/study.md has what was tried.
+# AdamW's learning rates by tuning, where OTHERS does not suit it: docs/study.md has what was tried.
 # FLoRA's factors turn little at first, while its core is small.
 LEARNING_RATES = {"AdaLoRA": 5e-3, "BitFit": 5e-3, "FLoRA": 5e-3, "Full": 1e-4}
 OTHERS = 1e-3

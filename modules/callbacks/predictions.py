@@ -46,10 +46,9 @@ class PredictionWriter(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         names = pl_module.class_names
-        best = (names[probs.index(max(probs))] for _, probs in rows)
         cells = (
-            [image, name, *(f"{p:.6f}" for p in probs)]
-            for (image, probs), name in zip(rows, best, strict=True)
+            (image, names[probs.index(max(probs))], *(f"{p:.6f}" for p in probs))
+            for image, probs in rows
         )
-        write_csv(path, [["path", "predicted", *names], *cells])
+        write_csv(path, [("path", "predicted", *names), *cells])
         print(f"{len(rows)} predictions are in {path}")

@@ -72,15 +72,16 @@ def told(sizes: Mapping[str, int], trainer: Mapping[str, Any]) -> str:
         sizes: How many samples each split has; nothing is told of others.
         trainer: The settings of the trainer, which may limit them.
     """
+    limits = {split: trainer.get(f"limit_{split}_batches") for split in _DOES}
+    limited = {split: limit for split, limit in limits.items() if str(limit) not in ("None", "1.0")}
     parts = []
     for split, does in _DOES.items():
-        limit = trainer.get(f"limit_{split}_batches")
-        less = "" if str(limit) in ("None", "1.0") else f" (limit_{split}_batches {limit})"
+        less = f" (limit_{split}_batches {limited[split]})" if split in limited else ""
         parts += [f"{sizes[split]:,} {does}{less}"] if split in sizes else []
     line = f"data     {', '.join(parts)}" if parts else ""
     by = "and rates and methods are chosen by them"
     if sizes.get("val", _FEW) < _FEW:
         line += f"\nwarning: only {sizes['val']} validate, {by}"
-    elif "validate (limit" in line:
+    elif "val" in sizes and "val" in limited:
         line += f"\nwarning: only a part of those that could validates, {by}"
     return line

@@ -86,6 +86,7 @@ def test_there_is_a_row_for_each_run(done):
     assert parameters["tuning/probe"] < parameters["FLoRA"]
     assert int(rows[0]["saved_bytes"]) > int(rows[-1]["saved_bytes"]) > 0
     assert "3 runs, 0 found done" in told.out
+    assert "of the others" not in told.out
     assert told.out.startswith("data     20 train, 10 validate, 12 test\nwarning: only 10 validate")
     assert "FLoRA-r2-lr0.05-seed1: val/acc" in told.err
 
@@ -235,6 +236,7 @@ def test_what_is_new_alone_is_run(play, tmp_path):
     more = ["--data.domain", "source"]
     told = litflora("compare", "quickstart", *LORA, "--out", tmp_path / "out", *OPTIONS, *more)
     assert "4 runs, 0 found done" in told.out
+    assert "4 of the others were done with other options, data, libraries" in told.out
     assert len(other.calls) == 6
 
 
@@ -461,7 +463,7 @@ def test_a_rate_of_the_recipe_is_kept(tmp_path):
         "      init_args:\n        modules:\n          stages:\n            class_path: FLoRA\n"
     )
     (parts,) = drafts("quickstart", str(per_module))
-    assert parts.rates == (0.005,)  # FLoRA's, as in a fit
+    assert parts.rates == (0.003,)  # FLoRA's, as in a fit
 
 
 def test_rates_are_told_in_full(play, tmp_path):

@@ -51,6 +51,13 @@ def fitted(out: Path, run: Run) -> bool:
     return bool(fit) and (not math.isfinite(fit["val"]) or has_adapter(folder_of(out, run)))
 
 
+def made_otherwise(out: Path, run: Run) -> bool:
+    """Whether a run alike in all that its name tells is done, with something else unlike."""
+    own = folder_of(out, run)
+    named = own.parent.glob(f"{run.short_name}-{'[0-9a-f]' * 12}/{FIT}")
+    return any(result.parent != own for result in named)
+
+
 def sweep(out: Path, runs: Iterable[Run]) -> None:
     """Readies the folder of a compare: what is not fitted is to do, what was left half done goes.
 

@@ -65,8 +65,7 @@ def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[
     """
     runs = [run for cell in cells for run in cell.all_runs]
     kept.sweep(out, runs)
-    done = [run for run in runs if kept.read(out, run, FIT)]
-    print(f"compare  {len(runs)} runs, {len(done)} found done in {out}", flush=True)
+    done = _found_done(runs, out)
     failed: dict[str, str] = {}
 
     def write() -> None:
@@ -75,7 +74,7 @@ def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[
     try:
         with _stopping_in_order(), progress() as shown:
             tests = sum(len(next(iter(cell.runs.values()))) for cell in cells)
-            bar = Bar(shown, len(runs) + tests, len(done), write)
+            bar = Bar(shown, len(runs) + tests, done, write)
             for run in _in_turn(cells):
                 if not kept.read(out, run, FIT):
                     bar.go("", run, failed, partial(_fit, run, out, figures[run.label], bar.show))
@@ -95,6 +94,17 @@ def run_all(cells: list[Cell], out: Path, command: str, figures: dict[str, dict[
     print(results.told(_report(cells, out, command, failed), out), flush=True)
     if failed:
         raise ValueError(f"{len(failed)} runs have failed: the same command tries them again")
+
+
+def _found_done(runs: list[Run], out: Path) -> int:
+    """Tells how many runs are done, and how many would be but for what else determines a run."""
+    todo = [run for run in runs if not kept.read(out, run, FIT)]
+    done = len(runs) - len(todo)
+    print(f"compare  {len(runs)} runs, {done} found done in {out}", flush=True)
+    if others := sum(kept.made_otherwise(out, run) for run in todo):
+        what = "done with other options, data, libraries or on another device"
+        print(f"         {others} of the others were {what}, and are done anew beside them")
+    return done
 
 
 def _report(

@@ -58,6 +58,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--convnext", type=Path, help="weights of a ConvNeXt-Atto")
     parser.add_argument("--tunings", nargs="+", default=TUNINGS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, help="in place of each tuning's own")
+    parser.add_argument("--head-lr", type=float, help="of the head, in place of the tuning's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_camvid"))
     args = parser.parse_args()
@@ -76,6 +78,9 @@ def fit(
         "data.init_args.root": args.root,
         "model.init_args.weights": weights,
     }
+    rates = {"lr": args.lr, "head_lr": args.head_lr}
+    rates = {key: rate for key, rate in rates.items() if rate is not None}
+    here |= {f"model.init_args.{key}": rate for key, rate in rates.items()}
     recipes = ["--config", f"segmentation/{recipe}", "--config", f"tuning/{tuning}"]
 
     def go(folder: Path) -> dict[str, float]:
@@ -91,7 +96,8 @@ def fit(
             "saved": saved_numbers(adapter / "adapter_model.safetensors"),
         }
 
-    return once(args.out / f"{recipe}-{tuning}-{seed}", go)
+    named = [recipe, tuning, seed, *(f"{key}{rate:g}" for key, rate in rates.items())]
+    return once(args.out / "-".join(map(str, named)), go)
 
 
 def saved_numbers(path: Path) -> int:

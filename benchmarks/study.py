@@ -48,9 +48,6 @@ KERNELS: dict[str, tuple[float, ...]] = {
     "lora_conv": (1e-3, 3e-3),
     "flora_pointwise": (3e-3, 1e-2),
 }
-# What the smaller studies are of.
-PLAIN = "BitFit", "Full", "tuning/lisa", "LoRA", "tuning/adalora", "FLoRA"
-FEW = "Full", "tuning/lisa", "LoRA", "lora_conv", "FLoRA"
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,6 @@ TARGETS = {
         "cifar10",
         VIT,
         {"data.init_args.val_fraction": 0.2, "trainer.check_val_every_n_epoch": 3},
-        rates={name: RATES[name] for name in PLAIN},
     ),
     "camvid_vit_tiny": Target(
         "segmentation/camvid_vit_tiny", "CamVid", VIT, SHORT, source=(96, "probe")
@@ -105,7 +101,7 @@ TARGETS = {
         "PennFudanPed",
         ATTO,
         {**SHORT, "data.init_args.test_fraction": 0.3},
-        rates={name: {**RATES, **KERNELS}[name] for name in FEW},
+        rates={**RATES, **KERNELS},
         source=(64, "original"),
     ),
 }

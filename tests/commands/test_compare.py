@@ -463,7 +463,7 @@ def test_a_rate_of_the_recipe_is_kept(tmp_path):
         "      init_args:\n        modules:\n          stages:\n            class_path: FLoRA\n"
     )
     (parts,) = drafts("quickstart", str(per_module))
-    assert parts.rates == (0.003,)  # FLoRA's, as in a fit
+    assert parts.rates == (0.005,)  # FLoRA's, as in a fit
 
 
 def test_rates_are_told_in_full(play, tmp_path):

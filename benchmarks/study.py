@@ -112,7 +112,8 @@ def main() -> None:
     target, out = TARGETS[args.target], args.out.resolve() / args.target
     out.mkdir(parents=True, exist_ok=True)
     options = common(target, args.data.resolve(), out)
-    probe = partial(compare, target, out=out / "head", options=options)
+    alone = {**options, "model.init_args.head_lr": "null"}  # the rate that is tried is the head's
+    probe = partial(compare, target, out=out / "head", options=alone)
     head_lr = search(HEADS, args.seeds, out / "head", probe)["Probe"]
     options = {**options, "model.init_args.head_lr": head_lr}
     overlays = ["trainer/spectra"]

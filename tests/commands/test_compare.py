@@ -86,7 +86,7 @@ def test_there_is_a_row_for_each_run(done):
     assert parameters["tuning/probe"] < parameters["FLoRA"]
     assert int(rows[0]["saved_bytes"]) > int(rows[-1]["saved_bytes"]) > 0
     assert "3 runs, 0 found done" in told.out
-    assert "of the others" not in told.out
+    assert "more found" not in told.out
     assert told.out.startswith("data     20 train, 10 validate, 12 test\nwarning: only 10 validate")
     assert "FLoRA-r2-lr0.05-seed1: val/acc" in told.err
 
@@ -236,7 +236,7 @@ def test_what_is_new_alone_is_run(play, tmp_path):
     more = ["--data.domain", "source"]
     told = litflora("compare", "quickstart", *LORA, "--out", tmp_path / "out", *OPTIONS, *more)
     assert "4 runs, 0 found done" in told.out
-    assert "4 of the others were done with other options, data, libraries" in told.out
+    assert "4 more found with other options, data, libraries or device: kept" in told.out
     assert len(other.calls) == 6
 
 

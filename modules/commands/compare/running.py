@@ -102,8 +102,8 @@ def _found_done(runs: list[Run], out: Path) -> int:
     done = len(runs) - len(todo)
     print(f"compare  {len(runs)} runs, {done} found done in {out}", flush=True)
     if others := sum(kept.made_otherwise(out, run) for run in todo):
-        what = "done with other options, data, libraries or on another device"
-        print(f"         {others} of the others were {what}, and are done anew beside them")
+        what = "with other options, data, libraries or device"
+        print(f"         {others} more found {what}: kept, but not taken", flush=True)
     return done
 
 

@@ -33,8 +33,9 @@ def main() -> None:
     results = at_once(args.jobs, lambda run: fit(args, weights[run[0]], *run), runs)
     seeds = ", ".join(map(str, args.seeds))
     heading = ("recipe", "tuning", "numbers saved", "val mIoU", "each seed", "seconds", "folder")
+    rates = "".join(f"{key} {rate:g}, " for key, rate in given_rates(args).items())
     lines = [
-        f"Seeds {seeds}, {os.cpu_count()} cores, {args.jobs} runs at a time.",
+        f"{rates}seeds {seeds}, {os.cpu_count()} cores, {args.jobs} runs at a time.",
         "",
         f"| {' | '.join(heading)} |",
         "|---" * len(heading) + "|",
@@ -68,6 +69,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def given_rates(args: argparse.Namespace) -> dict[str, float]:
+    """The learning rates that replace those of recipe and tuning, by their options."""
+    rates = {"lr": args.lr, "head_lr": args.head_lr}
+    return {key: rate for key, rate in rates.items() if rate is not None}
+
+
 def fit(
     args: argparse.Namespace, weights: Path, recipe: str, tuning: str, seed: int
 ) -> dict[str, float]:
@@ -78,8 +85,7 @@ def fit(
         "data.init_args.root": args.root,
         "model.init_args.weights": weights,
     }
-    rates = {"lr": args.lr, "head_lr": args.head_lr}
-    rates = {key: rate for key, rate in rates.items() if rate is not None}
+    rates = given_rates(args)
     here |= {f"model.init_args.{key}": rate for key, rate in rates.items()}
     recipes = ["--config", f"segmentation/{recipe}", "--config", f"tuning/{tuning}"]
 

@@ -1,6 +1,7 @@
 """The study: rates are added until the best has both neighbours; its tables say what runs left."""
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,28 @@ def test_the_search_ends_where_both_neighbours_are_worse(monkeypatch) -> None:
 
     assert study.search({"LoRA": (1e-4, 3e-4)}, [0, 1], Path(), run) == {"LoRA": 3e-3}
     assert [rates[-1] for rates in asked] == [3e-4, 1e-3, 3e-3, 1e-2]
+
+
+def test_the_rate_of_the_head_is_searched_without_the_one_of_the_recipe(
+    monkeypatch, tmp_path: Path
+) -> None:
+    asked = {}
+
+    def compare(target, rates, seeds, out: Path, options, overlays=()) -> None:
+        asked[out.name] = options["model.init_args.head_lr"]
+        out.mkdir(exist_ok=True)
+        (out / "results.csv").touch()
+
+    def search(rates, seeds, out, run) -> dict[str, float]:
+        run(rates, seeds)
+        return dict.fromkeys(rates, 0.02)
+
+    for name, stand_in in {"compare": compare, "search": search, "show": print}.items():
+        monkeypatch.setattr(study, name, stand_in)
+    here = str(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", "camvid_vit_tiny", "--data", here, "--out", here])
+    study.main()
+    assert asked == {"head": "null", "methods": 0.02}
 
 
 def test_every_recipe_of_the_study_is_there() -> None:
